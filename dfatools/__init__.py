@@ -1,0 +1,14 @@
+"""Direct Feedback Alignment for PyTorch.
+
+    feedback.py       DFALayer, DFA: one backward pass that trains every layer from the output error
+    conversion.py     dfa_from_bp: an ordinary Sequential, made into a DFA network
+    alignment.py      measure_alignment: the angle between DFA's signals and true gradients
+    prealignment.py   prealign: weights that start out aligned with the feedback
+"""
+
+from dfatools.alignment import measure_alignment
+from dfatools.conversion import dfa_from_bp
+from dfatools.feedback import DFA, DFALayer
+from dfatools.prealignment import prealign
+
+__all__ = ["DFA", "DFALayer", "dfa_from_bp", "measure_alignment", "prealign"]

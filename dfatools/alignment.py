@@ -1,0 +1,135 @@
+"""How well DFA's signals are aligned with the gradients of backpropagation (Section 2.2)."""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dfatools.feedback import DFA, DFALayer
+
+
+def measure_alignment(
+    model: nn.Module, x: Tensor, y: Tensor, loss: Callable[[Tensor, Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """The cosine between DFA's signal and the BP gradient at the output of each leaf module.
+
+    Both are taken on one forward pass, in eval mode; no parameter's gradient is computed. The
+    model's mode, its gradients and the random state are as before afterwards.
+
+    Args:
+        model: a network with one `DFA` at its output. Its `training_method` does not matter.
+        x: a batch of N samples, `(N, ...)`.
+        y: its targets.
+        loss: `loss(model(x), y)`, a scalar in which no sample's term depends on another sample.
+
+    Returns: `{module name: cosines}`, N each, in network order, in float64, on x's device; 0 where
+    either side vanishes. Leaf modules that give no tensor, that no gradient reaches, or that are
+    feedback points are left out; for one that is called several times, its outputs count as one.
+
+    Raises:
+        ValueError: the model has no `DFA`, or several.
+    """
+    result = {}
+    for name, probes in probe(model, x, y, loss).items():
+        dfa = torch.cat([probe.dfa.flatten(1) for probe in probes], 1).double()
+        bp = torch.cat([probe.bp.flatten(1) for probe in probes], 1).double()
+        # In this form the cosine of a vector with itself is exactly 1.
+        norms = (dfa.square().sum(1) * bp.square().sum(1)).sqrt()
+        result[name] = torch.where(norms > 0, (dfa * bp).sum(1) / norms, 0.0)
+    return result
+
+
+@dataclass
+class Probe:
+    """What reaches one call of a leaf module: tensors shaped as its output, or its input."""
+
+    dfa: Tensor  # DFA's signal at its output
+    bp: Tensor  # the BP gradient at its output
+    dfa_input: Tensor | None  # DFA's signal at its input; None where no gradient can reach it
+
+
+def probe(model: nn.Module, x: Tensor, y: Tensor, loss: Callable) -> dict[str, list[Probe]]:
+    """Takes DFA's signals and BP's gradients of every call of every leaf module, as above.
+
+    The graph is built whole. Behind each feedback point stands a gate: open, the backward pass
+    through it is BP; shut, and with e B_i put in at the points, it is DFA.
+    """
+    dfas = [module for module in model.modules() if isinstance(module, DFA)]
+    if len(dfas) != 1:
+        raise ValueError(f"the model must hold one DFA, at its output; it holds {len(dfas)}")
+    dfa = dfas[0]
+    shut = False
+    points: list[Tensor] = []
+    gated: dict[Tensor, Tensor] = {}  # what stands behind a gate -> what stands before it
+    calls: list[tuple[str, Tensor | None, Tensor]] = []  # module name, input, output
+    outputs: list[Tensor] = []
+
+    def gate(module: DFALayer, args: tuple[Tensor], hidden: Tensor) -> Tensor | None:
+        if not hidden.requires_grad:
+            return None
+        behind = hidden.view_as(hidden)
+        behind.register_hook(lambda gradient: torch.zeros_like(gradient) if shut else None)
+        points.append(hidden)
+        gated[behind] = hidden
+        return behind
+
+    def note(name: str):
+        def hook(module: nn.Module, args: tuple, output) -> None:
+            if isinstance(output, Tensor) and output.requires_grad:
+                source = args[0] if args and isinstance(args[0], Tensor) else None
+                source = source if source is not None and source.requires_grad else None
+                calls.append((name, gated.get(source, source), output))
+
+        return hook
+
+    hooks = []
+    for name, module in model.named_modules():
+        if isinstance(module, DFALayer):
+            hooks.append(module.register_forward_hook(gate))
+        elif module is dfa:
+            hooks.append(module.register_forward_hook(lambda _, args, out: outputs.append(out)))
+        elif not any(module.children()):
+            hooks.append(module.register_forward_hook(note(name)))
+    try:
+        with _undisturbed(model, dfa, x.device), torch.enable_grad():
+            value = loss(model(x), y)
+            tensors = [output for _, _, output in calls]
+            error, *bp = torch.autograd.grad(
+                value, outputs + tensors, retain_graph=True, allow_unused=True
+            )
+            shut = True
+            # Inputs are looked up behind the outputs, once each.
+            sources = list({id(s): s for _, s, _ in calls if s is not None}.values())
+            signals = dfa.signals(error, [point.shape for point in points])
+            signals = [s.to(point.dtype) for s, point in zip(signals, points)]
+            grads = torch.autograd.grad(
+                outputs + points, tensors + sources, [error, *signals], allow_unused=True
+            )
+    finally:
+        for hook in hooks:
+            hook.remove()
+    at_source = dict(zip(map(id, sources), grads[len(tensors) :]))
+    probes: dict[str, list[Probe]] = {}
+    for (name, source, _), signal, gradient in zip(calls, grads, bp):
+        if signal is not None and gradient is not None:
+            signal_at_input = None if source is None else at_source[id(source)]
+            probes.setdefault(name, []).append(Probe(signal, gradient, signal_at_input))
+    return probes
+
+
+@contextmanager
+def _undisturbed(model: nn.Module, dfa: DFA, device: torch.device):
+    """Eval mode, nothing cut; afterwards everything is as it was, the random state too."""
+    modes = {module: module.training for module in model.modules()}
+    method = dfa.training_method
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        try:
+            dfa.training_method = "bp"
+            yield model.eval()
+        finally:
+            dfa.training_method = method
+            for module, mode in modes.items():
+                module.training = mode

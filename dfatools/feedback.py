@@ -1,0 +1,302 @@
+"""Direct Feedback Alignment in one backward pass.
+
+Backpropagation (BP) gives hidden activations h_i the gradient dL/dh_i. Direct Feedback Alignment
+(Nokland 2016; Launay, Poli, Krzakala 2019, Eq. 2) gives them e B_i instead, with the output error
+e = dL/dy and a fixed random matrix B_i.
+
+Two modules make an ordinary network learn that way. A `DFALayer` after a hidden block cuts the
+graph: the next block sees the same values and sends nothing back. A `DFA` at the output joins all
+the activations that were cut in one autograd node, which leaves the output as it is and, on the
+way back, hands e to the output and e B_i to each h_i. So one plain `loss.backward()` trains every
+layer, and no product with a transposed weight matrix is ever formed.
+"""
+
+import math
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+TRAINING_METHODS = ("dfa", "bp", "shallow")
+REDUCTIONS = ("mean", "sum")
+
+
+class DFALayer(nn.Module):
+    """A feedback point: placed after a hidden block, identity in value.
+
+    It learns which `DFA` it belongs to when it is given to one. Called several times in one
+    forward pass (shared weights, recurrence), it feeds back at each call.
+
+    Shapes: any `(*batch, *features)`, unchanged, with as many batch dimensions as its `DFA` says.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # In __dict__, so as not to be a submodule: the DFA stands elsewhere in the network.
+        self.__dict__["_dfa"] = None
+        self._index = 0
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Raises RuntimeError where no `DFA` owns this layer."""
+        if self._dfa is None:
+            raise RuntimeError(
+                "this DFALayer belongs to no DFA: list it in the DFA at the output, DFA([layer, ...])"
+            )
+        return self._dfa._cut(self._index, hidden)
+
+
+class DFA(nn.Module):
+    """Direct Feedback Alignment for a list of feedback points; placed on the output.
+
+    It owns one random matrix, (output size, largest feedback size), with entries from N(0, 1),
+    shared by all the points: the i-th gets the first d_i columns. It is made on the first forward
+    pass, on the output's device, in float32 or wider. In a distributed run the first process's
+    matrix is everybody's.
+
+    Args:
+        layers: the `DFALayer`s that this output feeds, in network order.
+        normalization: scale B_i to a standard deviation of 1 / sqrt(d_i * output size) (Section 3).
+        reduction: `"mean"` sends back e itself; `"sum"` sends back e times the number of samples
+            in the batch (in a distributed run: over all processes), which under a mean loss is
+            the summed error of the 2019 release.
+        training_method: `"dfa"`; `"bp"`, the same network with nothing cut; `"shallow"`, where only
+            what follows the last feedback point learns. May be changed at any time.
+        batch_dims: how many leading dimensions the output and the hidden activations share: 1 for
+            (batch, feature), 2 for (batch, token, feature).
+        feedback_device: where the matrix is kept, if not where the output is.
+        generator: draws the matrix; without one the device's default generator does.
+
+    Shapes: any `(*batch, *features)`, unchanged.
+
+    Raises:
+        TypeError: an entry of `layers` is no `DFALayer`.
+        ValueError: no layer, a layer listed twice or owned by another `DFA`, an unknown option.
+    """
+
+    feedback_matrix: Tensor | None
+
+    def __init__(
+        self,
+        layers,
+        normalization: bool = True,
+        reduction: str = "mean",
+        training_method: str = "dfa",
+        batch_dims: int = 1,
+        feedback_device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        layers = tuple(layers)
+        if not layers:
+            raise ValueError("DFA needs at least one DFALayer")
+        for layer in layers:
+            if not isinstance(layer, DFALayer):
+                raise TypeError(f"DFA takes a list of DFALayer, not {type(layer).__name__}")
+            if layer._dfa is not None:
+                raise ValueError("a DFALayer given to DFA already belongs to another one")
+        if len(set(layers)) < len(layers):
+            raise ValueError("a DFALayer is listed twice; a layer that is used twice is listed once")
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"reduction must be one of {REDUCTIONS}, not {reduction!r}")
+        if not isinstance(batch_dims, int) or batch_dims < 1:
+            raise ValueError(f"batch_dims must be a positive integer, not {batch_dims!r}")
+        self.layers = layers  # a tuple, so that they are not registered a second time here
+        for index, layer in enumerate(layers):
+            layer.__dict__["_dfa"] = self
+            layer._index = index
+        self.normalization = normalization
+        self.reduction = reduction
+        self.training_method = training_method
+        self.batch_dims = batch_dims
+        self.feedback_device = feedback_device
+        self.generator = generator
+        self.register_buffer("feedback_matrix", None)
+        self._sizes: dict[int, int] = {}  # features at each point, as last seen
+        self._pending: list[Tensor] = []  # what the forward pass under way has cut
+        self._pass = None  # the frame of that pass, see _forget_unfinished_pass
+
+    @property
+    def training_method(self) -> str:
+        return self._training_method
+
+    @training_method.setter
+    def training_method(self, method: str) -> None:
+        if method not in TRAINING_METHODS:
+            raise ValueError(f"training_method must be one of {TRAINING_METHODS}, not {method!r}")
+        self._training_method = method
+
+    def extra_repr(self) -> str:
+        return (
+            f"{len(self.layers)} layers, normalization={self.normalization}, "
+            f"reduction={self.reduction!r}, training_method={self.training_method!r}"
+        )
+
+    def forward(self, output: Tensor) -> Tensor:
+        """Returns `output`, joined with the cut activations.
+
+        Raises:
+            ValueError: `output` has another size than the feedback matrix was made for, or other
+                batch dimensions than the hidden activations.
+            RuntimeError: no feedback point of this DFA was reached in this forward pass.
+        """
+        self._forget_unfinished_pass()
+        pending, self._pending, self._pass = self._pending, [], None
+        if not self._sizes:
+            raise RuntimeError(
+                "none of this DFA's layers was called: place them in the network, before the DFA"
+            )
+        self._prepare(output)
+        if self.training_method != "dfa" or not torch.is_grad_enabled():
+            return output
+        if not pending:
+            raise RuntimeError(
+                "none of this DFA's layers was called with gradients enabled in this forward pass"
+            )
+        for hidden in pending:
+            if hidden.shape[: self.batch_dims] != output.shape[: self.batch_dims]:
+                raise ValueError(
+                    f"hidden activations of shape {tuple(hidden.shape)} do not share the first "
+                    f"{self.batch_dims} dimension(s) with the output, {tuple(output.shape)}: "
+                    "see batch_dims"
+                )
+        return _Feedback.apply(self, output, *pending)
+
+    def feedback(self, i: int) -> Tensor:
+        """B_i as the i-th feedback point gets it, (output size, d_i), normalization included.
+
+        Raises RuntimeError before the first forward pass, when the sizes are not known yet.
+        """
+        i = range(len(self.layers))[i]
+        if self.feedback_matrix is None or i not in self._sizes:
+            raise RuntimeError("the feedback is known after the first forward pass")
+        size = self._sizes[i]
+        return self.feedback_matrix[:, :size] * self._scale(size)
+
+    def signals(self, error: Tensor, shapes: list[torch.Size]) -> list[Tensor]:
+        """What DFA sends to hidden activations of these shapes for the output error e = dL/dy.
+
+        Args:
+            error: e, `(*batch, *features)`, shaped as the output.
+            shapes: `(*batch, *features)` of each activation.
+
+        Returns: e B_i for each, in the feedback matrix's type, on e's device.
+        """
+        matrix = self.feedback_matrix
+        rows = error.flatten(0, self.batch_dims - 1).flatten(1)
+        if self.reduction == "sum":
+            rows = rows * (rows.shape[0] * _processes())
+        sizes = [shape[self.batch_dims :].numel() for shape in shapes]
+        # One product serves all points: they share its columns, up to their scale.
+        common = rows.to(matrix.device, matrix.dtype) @ matrix[:, : max(sizes)]
+        common = common.to(error.device)
+        by_size = {size: common[:, :size] * self._scale(size) for size in set(sizes)}
+        return [by_size[size].reshape(shape) for size, shape in zip(sizes, shapes)]
+
+    def _scale(self, size: int) -> float:
+        return 1 / math.sqrt(size * self.feedback_matrix.shape[0]) if self.normalization else 1.0
+
+    def _cut(self, index: int, hidden: Tensor) -> Tensor:
+        """Called by a feedback point: notes its activation and ends the graph there."""
+        self._sizes[index] = hidden.shape[self.batch_dims :].numel()
+        if self.training_method == "bp" or not torch.is_grad_enabled():
+            return hidden
+        if self.training_method == "dfa":
+            self._forget_unfinished_pass()
+            self._pending.append(hidden)
+        return hidden.detach()
+
+    def _forget_unfinished_pass(self) -> None:
+        """Drops what a forward pass that raised halfway has left in `_pending`.
+
+        Nothing in the tensors tells its activations from those of the next pass. The call stack
+        does: if a call of a module that holds this DFA has ended, and its activations are still
+        pending, then it never got here.
+        """
+        if torch.compiler.is_compiling():
+            return  # in a compiled graph, a failed pass leaves no trace on this object
+        current = _outermost_module_call()
+        ended = self._pass if self._pass is not current else None
+        if ended is not None and self in ended.f_locals["self"].modules():
+            self._pending = []
+        self._pass = current
+
+    def _prepare(self, output: Tensor) -> None:
+        """Makes the feedback matrix if there is none, and checks it against the output."""
+        if output.dim() < self.batch_dims:
+            raise ValueError(
+                f"DFA with batch_dims={self.batch_dims} got an output of shape {tuple(output.shape)}"
+            )
+        features = output.shape[self.batch_dims :].numel()
+        if self.feedback_matrix is None:
+            self.feedback_matrix = self._draw(features, max(self._sizes.values()), output)
+        rows, columns = self.feedback_matrix.shape
+        if features != rows:
+            raise ValueError(
+                f"DFA got an output of size {features}, but its feedback matrix was made for {rows}"
+            )
+        if max(self._sizes.values()) > columns:
+            raise ValueError(
+                f"a feedback point has {max(self._sizes.values())} features, "
+                f"but the feedback matrix was made for at most {columns}"
+            )
+
+    def _draw(self, rows: int, columns: int, output: Tensor) -> Tensor:
+        device = output.device if self.feedback_device is None else self.feedback_device
+        source = device if self.generator is None else self.generator.device
+        dtype = torch.promote_types(output.dtype, torch.float32)
+        matrix = torch.randn(rows, columns, generator=self.generator, device=source, dtype=dtype)
+        matrix = matrix.to(device)
+        if _processes() > 1:
+            shared = matrix.to(output.device)  # where the process group can send it
+            dist.broadcast(shared, src=0)
+            matrix = shared.to(device)
+        return matrix
+
+    def __getstate__(self) -> dict:
+        """For copies and pickles: without the pass under way."""
+        return {**self.__dict__, "_pending": [], "_pass": None}
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self.feedback_device is not None and self.feedback_matrix is not None:
+            self.feedback_matrix = self.feedback_matrix.to(self.feedback_device)
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        """A checkpoint's matrix is taken up even before the first pass; a BP one needs none."""
+        key = prefix + "feedback_matrix"
+        if key not in state_dict:
+            return
+        if self.feedback_matrix is None:
+            matrix = state_dict[key]
+            device = matrix.device if self.feedback_device is None else self.feedback_device
+            self.feedback_matrix = torch.empty_like(matrix, device=device)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class _Feedback(torch.autograd.Function):
+    """(output, h_1, ..., h_n) -> output; backward: e -> (e, e B_1, ..., e B_n)."""
+
+    @staticmethod
+    def forward(ctx, dfa: DFA, output: Tensor, *hidden: Tensor) -> Tensor:
+        ctx.dfa, ctx.shapes = dfa, [h.shape for h in hidden]
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, error: Tensor):
+        return None, error, *ctx.dfa.signals(error, ctx.shapes)
+
+
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _outermost_module_call():
+    """The frame of the outermost module call under way in this thread, or None."""
+    frame, outermost = sys._getframe(1), None
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__:
+            outermost = frame
+        frame = frame.f_back
+    return outermost

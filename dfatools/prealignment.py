@@ -1,0 +1,41 @@
+"""Pre-alignment initialisation: weights through which BP starts out aligned with the feedback."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from dfatools.alignment import probe
+from dfatools.conversion import WEIGHT_LAYERS
+
+
+@torch.no_grad()
+def prealign(
+    model: nn.Module, x: Tensor, y: Tensor, loss: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    """Sets the weights of the Linear layers in place, from the last to the first but one.
+
+    With DFA's signal S at a layer's input, (N, in), and the BP gradient G at its output, (N, out),
+    both on the given batch, W^T = S^T pinv(G^T), divided by its Frobenius norm (Section 4). Then G W,
+    what BP sends through the layer, is the least-squares approximation to the direction of S. Each
+    layer is set before the next is measured. S is what the feedback point right before the layer
+    gets, or where none stands there, what arrives there from behind. The first weight layer, and
+    layers other than Linear, keep their weights; biases are kept.
+
+    Args:
+        model, x, y, loss: as for `measure_alignment`.
+
+    Raises:
+        ValueError: the model has no `DFA` or several, or uses a Linear more than once per pass.
+    """
+    for name in reversed(list(probe(model, x, y, loss))):
+        layer = model.get_submodule(name)
+        if not isinstance(layer, nn.Linear):
+            continue
+        calls = probe(model, x, y, loss)[name]
+        if len(calls) > 1:
+            raise ValueError(f"pre-alignment needs each Linear to be used once; {name} is not")
+        signal, gradient = calls[0].dfa_input, calls[0].bp
+        if signal is not None:  # else it is the first layer: nothing is learned before it
+            weight = torch.linalg.pinv(gradient.flatten(0, -2)) @ signal.flatten(0, -2)
+            layer.weight.copy_(weight / torch.linalg.matrix_norm(weight))
