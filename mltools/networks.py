@@ -1,0 +1,121 @@
+"""The paper's networks, with their feedback points, for any image size and number of classes."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dfatools import DFA, DFALayer
+from mltools.errors import UserError
+
+ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "leaky-relu": nn.LeakyReLU}
+PLACEMENTS = ("release", "every-layer")
+
+
+@dataclass(frozen=True)
+class Network:
+    """What a network is made of, its input and output sizes aside."""
+
+    architecture: str = "fc"
+    """`"fc"`: three hidden layers of 800; `"cnn"`: three convolutions and one hidden layer of 128."""
+    activation: str = "tanh"
+    """A key of ACTIVATIONS."""
+    negative_slope: float | None = None
+    """Slope of `"leaky-relu"` below zero."""
+    batchnorm: bool = False
+    """Batch normalisation after each activation."""
+    dropout_input: float = 0.0
+    """Dropout probability of input features (FC) or channels (CNN)."""
+    dropout_fc: float = 0.0
+    """Dropout probability after the hidden Linear layers."""
+    dropout_conv: float = 0.0
+    """Dropout probability of channels after the convolutions."""
+
+    def build(
+        self,
+        input_shape: tuple[int, int, int],
+        classes: int,
+        placement: str = "release",
+        **dfa_options,
+    ) -> nn.Sequential:
+        """Makes the network on the CPU, its feedback matrix drawn, from the default generator.
+
+        Its modules are called `lin1`, `conv1`, `act1`, `bn1`, `drop1`, `maxp1`, `flat`, `point1`
+        (the feedback point behind block 1), ..., and `dfa`.
+
+        Args:
+            input_shape: (channels, height, width) of an image.
+            classes: size of the output.
+            placement: `"every-layer"` puts a feedback point after each hidden block; `"release"`
+                leaves out the one in front of the CNN's last Linear, as the 2019 release did.
+            dfa_options: the keyword arguments of `dfatools.DFA`.
+
+        Raises UserError for images too small for the CNN's three poolings.
+        """
+        blocks = {"fc": self._fc, "cnn": self._cnn}[self.architecture](input_shape, classes)
+        if placement not in PLACEMENTS:
+            raise ValueError(f"placement must be one of {PLACEMENTS}, not {placement!r}")
+        model = nn.Sequential()
+        points: list[DFALayer] = []
+        fed = len(blocks) - (2 if self.architecture == "cnn" and placement == "release" else 1)
+        for i, block in enumerate(blocks, 1):
+            for name, module in block.items():
+                if module is not None:
+                    model.add_module(name, module)
+            if i <= fed:
+                points.append(DFALayer())
+                model.add_module(f"point{i}", points[-1])
+        model.add_module("dfa", DFA(points, **dfa_options))
+        with torch.no_grad():  # draws the feedback matrix, whose size follows from the shapes
+            model.eval()(torch.zeros(1, *input_shape))
+        return model.train()
+
+    def _fc(self, input_shape: tuple[int, int, int], classes: int) -> list[dict]:
+        sizes = [torch.Size(input_shape).numel(), 800, 800, 800]
+        blocks = [
+            {f"lin{i}": nn.Linear(sizes[i - 1], sizes[i]), **self._hidden(i, sizes[i])}
+            for i in range(1, len(sizes))
+        ]
+        blocks[0] = {"flat": nn.Flatten(), "drop0": _dropout(self.dropout_input), **blocks[0]}
+        return [*blocks, {f"lin{len(sizes)}": nn.Linear(sizes[-1], classes)}]
+
+    def _cnn(self, input_shape: tuple[int, int, int], classes: int) -> list[dict]:
+        channels, *image = input_shape
+        for _ in range(3):
+            image = [(side - 3) // 2 + 1 for side in image]
+        if min(image) < 1:
+            raise UserError(
+                f"images of {input_shape[1]}x{input_shape[2]} are too small for the CNN's three "
+                "poolings: at least 15x15 is needed; use the fc experiments, or upsample"
+            )
+        sizes = [channels, 32, 64, 64]
+        blocks = [
+            {
+                f"conv{i}": nn.Conv2d(sizes[i - 1], sizes[i], kernel_size=5, padding=2),
+                f"drop{i}": _dropout(self.dropout_conv, nn.Dropout2d),
+                f"act{i}": self._activation(),
+                f"bn{i}": nn.BatchNorm2d(sizes[i]) if self.batchnorm else None,
+                f"maxp{i}": nn.MaxPool2d(kernel_size=3, stride=2),
+            }
+            for i in range(1, len(sizes))
+        ]
+        blocks[0] = {"drop0": _dropout(self.dropout_input, nn.Dropout2d), **blocks[0]}
+        features = sizes[-1] * image[0] * image[1]
+        hidden = {"flat": nn.Flatten(), "lin1": nn.Linear(features, 128), **self._hidden(4, 128)}
+        return [*blocks, hidden, {"lin2": nn.Linear(128, classes)}]
+
+    def _hidden(self, i: int, size: int) -> dict:
+        """What follows the i-th hidden Linear."""
+        return {
+            f"drop{i}": _dropout(self.dropout_fc),
+            f"act{i}": self._activation(),
+            f"bn{i}": nn.BatchNorm1d(size) if self.batchnorm else None,
+        }
+
+    def _activation(self) -> nn.Module:
+        slope = {} if self.negative_slope is None else {"negative_slope": self.negative_slope}
+        return ACTIVATIONS[self.activation](**slope)
+
+
+def _dropout(probability: float, kind: type[nn.Module] = nn.Dropout) -> nn.Module | None:
+    return kind(probability) if probability > 0 else None

@@ -1,0 +1,185 @@
+"""Tables of many runs: per experiment its accuracies over seeds, and the alignment per layer."""
+
+import csv
+import io
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mltools.errors import UserError
+from mltools.files import write_atomically
+from mltools.results import RunFolder, diverged
+
+Spread = tuple[float, float | None]
+"""A mean, and a standard deviation where there is more than one value to take it over."""
+
+
+@dataclass
+class Row:
+    """One line of a table. Accuracies are in percent."""
+
+    name: str
+    test: Spread | None = None
+    """Final test accuracy: mean and standard deviation (n - 1) over seeds; None without a run."""
+    train: Spread | None = None
+    """The same of the running train accuracy of the last epoch."""
+    alignment: dict[str, Spread] = field(default_factory=dict)
+    """Layer to the mean and standard deviation of the cosine over the samples of one run."""
+    angles_from: str = ""
+    """That run."""
+    seeds: int = 0
+    """How many runs the accuracies are taken over."""
+    note: str = ""
+    """What is missing: runs that diverged, or that are not finished."""
+    settings: dict = field(default_factory=dict)
+    """What all these runs have in common: their `config.json`, the seed aside."""
+
+
+def summarise(name: str, folders: Sequence[RunFolder]) -> Row:
+    """Reads the runs of one experiment, one per seed asked for; only finished ones count.
+
+    Raises UserError if they are not runs of the same settings, or if a file is damaged.
+    """
+    last: dict[str, dict] = {}
+    settings, missing, broken = {}, 0, 0
+    for folder in folders:
+        metrics = folder.metrics()
+        if not metrics or not folder.finished():
+            missing += 1
+        elif diverged(metrics[-1]):
+            broken += 1
+        else:
+            last[folder.path.name] = metrics[-1]
+            settings = _same(settings, folder)
+    notes = [f"{broken} diverged"] * bool(broken) + [f"{missing} not run"] * bool(missing)
+    row = Row(name, seeds=len(last), settings=settings, note=", ".join(notes))
+    if last:
+        row.test = _spread([metrics["test_accuracy"] for metrics in last.values()])
+        row.train = _spread([metrics["train_accuracy"] for metrics in last.values()])
+        first, metrics = next(iter(last.items()))
+        row.alignment = {
+            layer: (cosine["mean"], cosine["std"])
+            for layer, cosine in metrics.get("alignment", {}).items()
+        }
+        row.angles_from = f"{name}/{first}" if row.alignment else ""
+    return row
+
+
+def _same(settings: dict, folder: RunFolder) -> dict:
+    own = {key: value for key, value in (folder.config() or {})["settings"].items() if key != "seed"}
+    if settings and own != settings:
+        raise UserError(
+            f"{folder.path} was run with other settings than the seeds before it: "
+            "they cannot stand in one row"
+        )
+    return own
+
+
+def _spread(values: list[float]) -> Spread:
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+@dataclass
+class Table:
+    """Rows under one title; `layers` are those whose alignment is shown."""
+
+    title: str
+    rows: list[Row]
+    layers: list[str]
+
+    HEADER = ("experiment", "test accuracy (%)", "train accuracy (%)")
+
+    def cells(self) -> list[list[str]]:
+        """The header and the rows as text, columns that nothing fills left out."""
+        layers = [f"cos {layer}" for layer in self.layers]
+        table = [[*self.HEADER, *layers, "seeds", "angles from", "note"]]
+        for row in self.rows:
+            table.append(
+                [
+                    row.name,
+                    _text(row.test, 2),
+                    _text(row.train, 2),
+                    *(_text(row.alignment.get(layer), 3) for layer in self.layers),
+                    str(row.seeds),
+                    row.angles_from,
+                    row.note,
+                ]
+            )
+        kept = [i for i in range(len(table[0])) if any(line[i] for line in table[1:])]
+        return [[line[i] for i in kept] for line in table]
+
+    def markdown(self) -> str:
+        """Padded, so that it reads as well in a terminal."""
+        cells = self.cells()
+        widths = [max(map(len, column)) for column in zip(*cells)]
+        lines = [" | ".join(cell.ljust(w) for cell, w in zip(line, widths)) for line in cells]
+        rule = "|".join("-" * (w + 2) for w in widths)
+        body = "\n".join(f"| {line} |" for line in lines[1:])
+        return f"### {self.title}\n\n| {lines[0]} |\n|{rule}|\n{body}\n"
+
+    def latex(self) -> str:
+        """A booktabs table."""
+        header, *rows = [[_escape(cell) for cell in line] for line in self.cells()]
+        lines = [" & ".join(line) + r" \\" for line in rows]
+        return "\n".join(
+            [
+                r"\begin{table}",
+                r"\centering",
+                rf"\caption{{{_escape(self.title)}}}",
+                rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
+                r"\toprule",
+                " & ".join(header) + r" \\",
+                r"\midrule",
+                *lines,
+                r"\bottomrule",
+                r"\end{tabular}",
+                r"\end{table}",
+                "",
+            ]
+        )
+
+
+def write_tables(folder: Path, tables: Sequence[Table]) -> str:
+    """Writes `table.md`, `table.tex` and `table.csv`, and returns the Markdown.
+
+    The CSV holds all rows of all tables, unrounded, with all layers that were measured.
+    """
+    markdown = "\n".join(table.markdown() for table in tables)
+    files = {
+        "table.md": markdown,
+        "table.tex": "\n".join(table.latex() for table in tables),
+        "table.csv": _csv(tables),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        write_atomically(folder / name, lambda file, text=text: file.write(text.encode()))
+    return markdown
+
+
+def _csv(tables: Sequence[Table]) -> str:
+    rows = [row for table in tables for row in table.rows]
+    layers = list(dict.fromkeys(layer for row in rows for layer in row.alignment))
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    spreads = ["test_accuracy", "train_accuracy", *layers]
+    columns = [f"{name}_{part}" for name in spreads for part in ("mean", "std")]
+    writer.writerow(["experiment", *columns, "seeds", "angles_from", "note"])
+    for row in rows:
+        values = [row.test, row.train, *(row.alignment.get(layer) for layer in layers)]
+        numbers = [number for spread in values for number in spread or (None, None)]
+        writer.writerow([row.name, *numbers, row.seeds, row.angles_from, row.note])
+    return out.getvalue()
+
+
+def _text(spread: Spread | None, digits: int) -> str:
+    if spread is None:
+        return ""
+    mean, std = spread
+    return f"{mean:.{digits}f}" + (f" ± {std:.{digits}f}" if std is not None else "")
+
+
+def _escape(text: str) -> str:
+    for special in "&%_#":
+        text = text.replace(special, "\\" + special)
+    return text.replace("±", r"$\pm$")
