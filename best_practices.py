@@ -1,0 +1,120 @@
+"""Best practices for Direct Feedback Alignment: the tables of Sections 3 and 4.
+
+    python best_practices.py                                    the paper: CIFAR-10, 10 seeds
+    python best_practices.py --experiments fc-tanh --seeds 0    one run
+    python best_practices.py --dataset Digits --epochs 5        no data set needed
+    python best_practices.py --tables-only                      tables of what is there
+
+Results go to results/best_practices/<experiment>/seed-<n>/, the tables to results/best_practices/.
+What is finished is not run again; what was interrupted goes on where it stopped.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from mltools.networks import Network
+from mltools.sweep import Options, exit_code, folder_of, parse, run
+from mltools.tables import Row, Table, summarise, write_tables
+from mltools.training import Experiment
+
+# TODO: where the data is; what is not there is fetched.
+DATA_DIR = Path("data")
+# TODO: where the results go.
+RESULTS_DIR = Path("results")
+# TODO: what to train on; "Digits" needs no data.
+DATASET = "CIFAR-10"
+
+SCRIPT = Path(__file__).stem
+# The 2019 protocol: hidden layers get the error summed over the batch, the output layer its mean.
+DFA = {"reduction": "sum", "learning_rate": 5e-4}
+# Plain backpropagation under the mean loss, at about the same size of step.
+BP = {"training_method": "bp", "learning_rate": 0.05}
+
+FC = Network("fc")
+CNN = Network("cnn")
+EXPERIMENTS = [
+    Experiment("fc-tanh", FC, **DFA),
+    Experiment("fc-relu", replace(FC, activation="relu"), **DFA),
+    *(
+        Experiment(
+            f"fc-leaky-relu-{slope}",
+            replace(FC, activation="leaky-relu", negative_slope=slope),
+            **DFA,
+        )
+        for slope in (0.5, 0.1, 0.01)
+    ),
+    Experiment("fc-no-normalization", FC, normalization=False, **DFA),
+    Experiment("fc-batchnorm", replace(FC, batchnorm=True), **DFA),
+    Experiment("fc-dropout-0.1-0.5", replace(FC, dropout_input=0.1, dropout_fc=0.5), **DFA),
+    Experiment("fc-dropout-0.1-0.1", replace(FC, dropout_input=0.1, dropout_fc=0.1), **DFA),
+    Experiment("fc-bp", FC, **BP),
+    Experiment("cnn-tanh", CNN, **DFA),
+    Experiment("cnn-no-normalization", CNN, normalization=False, **DFA),
+    Experiment("cnn-batchnorm", replace(CNN, batchnorm=True), **DFA),
+    Experiment("cnn-dropout-0.1-0.5", replace(CNN, dropout_input=0.1, dropout_fc=0.5), **DFA),
+    Experiment("cnn-dropout-0.1-0.1", replace(CNN, dropout_input=0.1, dropout_fc=0.1), **DFA),
+    Experiment("cnn-bp", CNN, **BP),
+]
+
+
+def main() -> None:
+    defaults = Options(dataset=DATASET, data_dir=DATA_DIR, results_dir=RESULTS_DIR)
+    options, tables_only = parse(f"{SCRIPT}.py", __doc__.splitlines()[0], EXPERIMENTS, defaults)
+    chosen = [experiment for experiment in EXPERIMENTS if experiment.name in options.experiments]
+    if not tables_only:
+        run(SCRIPT, chosen, options)
+    print(write_tables(options.results_dir / SCRIPT, tables(chosen, options)))
+
+
+def tables(experiments: list[Experiment], options: Options) -> list[Table]:
+    """One table for each architecture, with what the 2019 release gives beside ours."""
+    result = []
+    for title, architecture, layers in [
+        ("Fully connected", "fc", ["act1", "act2", "act3"]),
+        ("Convolutional", "cnn", ["act1", "act2", "act3", "act4"]),
+    ]:
+        rows = []
+        for experiment in experiments:
+            if experiment.network.architecture == architecture:
+                folders = [folder_of(SCRIPT, experiment.name, s, options) for s in options.seeds]
+                rows.append(summarise(experiment.name, folders))
+                rows += release(rows[-1])
+        protocols = {protocol(row.settings): None for row in rows if row.settings}
+        if rows:
+            result.append(Table(": ".join([title, *protocols]), rows, layers))
+    return result
+
+
+def protocol(settings: dict) -> str:
+    return (
+        f"{settings['dataset']}, {settings['epochs']} epochs, batch {settings['batch_size']}, "
+        f"feedback placement {settings['feedback_placement']}"
+    )
+
+
+def release(row: Row) -> list[Row]:
+    """The same row as the 2019 release's own code gives it, where that is known."""
+    reference = json.loads((Path(__file__).parent / "reference/release.json").read_text())
+    run = reference["runs"].get(row.name)
+    if run is None or not run["settings"].items() <= row.settings.items():
+        return []
+    epoch = row.settings["epochs"] - 1
+    if epoch >= len(run["test"]):
+        return []
+    spreads = zip(run["layers"], run["mean"][epoch], run["std"][epoch])
+    return [
+        Row(
+            f"{row.name}, 2019 release",
+            test=(run["test"][epoch], None),
+            train=(run["train"][epoch], None),
+            alignment={layer: (mean, std) for layer, mean, std in spreads},
+            angles_from="seed 0",
+            seeds=1,
+        )
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
