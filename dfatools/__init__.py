@@ -4,11 +4,13 @@
     conversion.py     dfa_from_bp: an ordinary Sequential, made into a DFA network
     alignment.py      measure_alignment: the angle between DFA's signals and true gradients
     prealignment.py   prealign: weights that start out aligned with the feedback
+    bottleneck.py     BottleneckLinear: a layer that lets only part of its gradients through
 """
 
 from dfatools.alignment import measure_alignment
+from dfatools.bottleneck import BottleneckLinear
 from dfatools.conversion import dfa_from_bp
 from dfatools.feedback import DFA, DFALayer
 from dfatools.prealignment import prealign
 
-__all__ = ["DFA", "DFALayer", "dfa_from_bp", "measure_alignment", "prealign"]
+__all__ = ["DFA", "BottleneckLinear", "DFALayer", "dfa_from_bp", "measure_alignment", "prealign"]

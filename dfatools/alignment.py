@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dfatools.bottleneck import BottleneckLinear
 from dfatools.feedback import DFA, DFALayer
 
 
@@ -37,7 +38,7 @@ def measure_alignment(
         bp = torch.cat([probe.bp.flatten(1) for probe in probes], 1).double()
         # In this form the cosine of a vector with itself is exactly 1.
         norms = (dfa.square().sum(1) * bp.square().sum(1)).sqrt()
-        result[name] = torch.where(norms > 0, (dfa * bp).sum(1) / norms, 0.0)
+        result[name] = torch.where(norms == 0, 0.0, (dfa * bp).sum(1) / norms)
     return result
 
 
@@ -54,12 +55,14 @@ def probe(model: nn.Module, x: Tensor, y: Tensor, loss: Callable) -> dict[str, l
     """Takes DFA's signals and BP's gradients of every call of every leaf module, as above.
 
     The graph is built whole. Behind each feedback point stands a gate: open, the backward pass
-    through it is BP; shut, and with e B_i put in at the points, it is DFA.
+    through it is BP; shut, and with e B_i put in at the points, it is DFA. The gradient bottleneck
+    is the DFA network's: BP's gradient is the true one.
     """
     dfas = [module for module in model.modules() if isinstance(module, DFA)]
     if len(dfas) != 1:
         raise ValueError(f"the model must hold one DFA, at its output; it holds {len(dfas)}")
     dfa = dfas[0]
+    bottlenecks = [module for module in model.modules() if isinstance(module, BottleneckLinear)]
     shut = False
     points: list[Tensor] = []
     gated: dict[Tensor, Tensor] = {}  # what stands behind a gate -> what stands before it
@@ -69,18 +72,20 @@ def probe(model: nn.Module, x: Tensor, y: Tensor, loss: Callable) -> dict[str, l
     def gate(module: DFALayer, args: tuple[Tensor], hidden: Tensor) -> Tensor | None:
         if not hidden.requires_grad:
             return None
-        behind = hidden.view_as(hidden)
+        behind = hidden.clone()
         behind.register_hook(lambda gradient: torch.zeros_like(gradient) if shut else None)
         points.append(hidden)
         gated[behind] = hidden
         return behind
 
     def note(name: str):
-        def hook(module: nn.Module, args: tuple, output) -> None:
+        def hook(module: nn.Module, args: tuple, output):
             if isinstance(output, Tensor) and output.requires_grad:
                 source = args[0] if args and isinstance(args[0], Tensor) else None
                 source = source if source is not None and source.requires_grad else None
                 calls.append((name, gated.get(source, source), output))
+                return output.clone()  # as at the gates: an in-place module may come next
+            return None
 
         return hook
 
@@ -96,10 +101,14 @@ def probe(model: nn.Module, x: Tensor, y: Tensor, loss: Callable) -> dict[str, l
         with _undisturbed(model, dfa, x.device), torch.enable_grad():
             value = loss(model(x), y)
             tensors = [output for _, _, output in calls]
+            for bottleneck in bottlenecks:
+                bottleneck.thinning = False
             error, *bp = torch.autograd.grad(
                 value, outputs + tensors, retain_graph=True, allow_unused=True
             )
             shut = True
+            for bottleneck in bottlenecks:
+                bottleneck.thinning = True
             # Inputs are looked up behind the outputs, once each.
             sources = list({id(s): s for _, s, _ in calls if s is not None}.values())
             signals = dfa.signals(error, [point.shape for point in points])
@@ -110,6 +119,8 @@ def probe(model: nn.Module, x: Tensor, y: Tensor, loss: Callable) -> dict[str, l
     finally:
         for hook in hooks:
             hook.remove()
+        for bottleneck in bottlenecks:
+            bottleneck.thinning = True
     at_source = dict(zip(map(id, sources), grads[len(tensors) :]))
     probes: dict[str, list[Probe]] = {}
     for (name, source, _), signal, gradient in zip(calls, grads, bp):

@@ -31,10 +31,10 @@ def dfa_from_bp(model: nn.Sequential, **dfa_options) -> nn.Sequential:
         dfa_options: the keyword arguments of `DFA`.
 
     Raises:
-        TypeError: `model` is no Sequential.
+        TypeError: `model` is no Sequential, or one with a forward of its own.
         ValueError: it has fewer than two weight layers, or feedback points already.
     """
-    if not isinstance(model, nn.Sequential):
+    if not _is_plain(model):
         raise TypeError(
             f"dfa_from_bp takes an nn.Sequential, not {type(model).__name__}: in another kind of "
             "module, place DFALayer and DFA in forward by hand"
@@ -46,14 +46,14 @@ def dfa_from_bp(model: nn.Sequential, **dfa_options) -> nn.Sequential:
     if not layers:
         raise ValueError("this model has fewer than two weight layers: there is nothing to feed")
     converted.add_module("dfa", DFA(layers, **dfa_options))
-    return converted.train(model.training)
+    return converted
 
 
 def _with_points(model: nn.Sequential, layers: list[DFALayer], first: bool) -> nn.Sequential:
     """Rebuilds `model` with points, which it appends to `layers`; `first`: no weights so far."""
-    result = nn.Sequential()
-    for name, module in model.named_children():
-        if isinstance(module, nn.Sequential):
+    result = nn.Sequential().train(model.training)
+    for name, module in model._modules.items():  # named_children gives a shared module once only
+        if _is_plain(module):
             module = _with_points(module, layers, first)
         elif _has_weights(module) and not first:
             layers.append(DFALayer())
@@ -61,6 +61,11 @@ def _with_points(model: nn.Sequential, layers: list[DFALayer], first: bool) -> n
         first = first and not _has_weights(module)
         result.add_module(name, module)
     return result
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether it is a Sequential that runs its modules one by one, and does no more than that."""
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
 def _has_weights(module: nn.Module) -> bool:

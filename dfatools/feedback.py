@@ -101,13 +101,13 @@ class DFA(nn.Module):
             raise ValueError(f"reduction must be one of {REDUCTIONS}, not {reduction!r}")
         if not isinstance(batch_dims, int) or batch_dims < 1:
             raise ValueError(f"batch_dims must be a positive integer, not {batch_dims!r}")
+        self.training_method = training_method
         self.layers = layers  # a tuple, so that they are not registered a second time here
         for index, layer in enumerate(layers):
             layer.__dict__["_dfa"] = self
             layer._index = index
         self.normalization = normalization
         self.reduction = reduction
-        self.training_method = training_method
         self.batch_dims = batch_dims
         self.feedback_device = feedback_device
         self.generator = generator
@@ -258,9 +258,12 @@ class DFA(nn.Module):
         return {**self.__dict__, "_pending": [], "_pass": None}
 
     def _apply(self, fn, recurse=True):
+        if self.feedback_device is None or self.feedback_matrix is None:
+            return super()._apply(fn, recurse)
+        # Follows the model in type, not to another device, not even for a moment.
+        matrix, self.feedback_matrix = self.feedback_matrix, None
         super()._apply(fn, recurse)
-        if self.feedback_device is not None and self.feedback_matrix is not None:
-            self.feedback_matrix = self.feedback_matrix.to(self.feedback_device)
+        self.feedback_matrix = matrix.to(fn(matrix[:0]).dtype)
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:

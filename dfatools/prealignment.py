@@ -28,14 +28,15 @@ def prealign(
     Raises:
         ValueError: the model has no `DFA` or several, or uses a Linear more than once per pass.
     """
-    for name in reversed(list(probe(model, x, y, loss))):
-        layer = model.get_submodule(name)
+    layers = {name: model.get_submodule(name) for name in probe(model, x, y, loss)}
+    layers = {name: layer for name, layer in layers.items() if isinstance(layer, WEIGHT_LAYERS)}
+    for name, layer in reversed(list(layers.items())[1:]):
         if not isinstance(layer, nn.Linear):
             continue
         calls = probe(model, x, y, loss)[name]
         if len(calls) > 1:
             raise ValueError(f"pre-alignment needs each Linear to be used once; {name} is not")
         signal, gradient = calls[0].dfa_input, calls[0].bp
-        if signal is not None:  # else it is the first layer: nothing is learned before it
+        if signal is not None:  # else nothing is learned before it
             weight = torch.linalg.pinv(gradient.flatten(0, -2)) @ signal.flatten(0, -2)
             layer.weight.copy_(weight / torch.linalg.matrix_norm(weight))

@@ -1,0 +1,630 @@
+"""DFA's gradients against the paper's equations in NumPy, and what surrounds them."""
+
+import copy
+import math
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dfatools import DFA, DFALayer
+
+WIDTHS = (7, 6, 9, 5, 4)
+
+
+def fc(widths=WIDTHS, seed=0, dtype=torch.float64, **options):
+    """Linear, Tanh, DFALayer, ..., Linear, DFA."""
+    torch.manual_seed(seed)
+    modules, points = [], []
+    for a, b in zip(widths[:-2], widths[1:]):
+        points.append(DFALayer())
+        modules += [nn.Linear(a, b), nn.Tanh(), points[-1]]
+    return nn.Sequential(*modules, nn.Linear(*widths[-2:]), DFA(points, **options)).to(dtype)
+
+
+def plain(model):
+    """The same modules, for backpropagation, with gradients of their own."""
+    modules = [m for m in copy.deepcopy(model) if not isinstance(m, (DFALayer, DFA))]
+    return nn.Sequential(*modules)
+
+
+def batch(samples=8, features=WIDTHS[0], classes=WIDTHS[-1], dtype=torch.float64, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(samples, features, generator=generator, dtype=dtype)
+    return x, torch.randint(classes, (samples,), generator=generator)
+
+
+def gradients(model, x, y):
+    """Of each parameter, after one backward pass from the mean cross-entropy."""
+    model.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    return [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+
+def assert_same(left, right):
+    """Bit for bit."""
+    assert len(left) == len(right) > 0
+    for a, b in zip(left, right):
+        assert (a is None and b is None) or torch.equal(a, b)
+
+
+def assert_close(left, right, tolerance=1e-10):
+    assert len(left) == len(right) > 0
+    for a, b in zip(left, right):
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance)
+
+
+# The equations, in NumPy
+
+
+def softmax_error(output, y):
+    """dL/dy of the mean cross-entropy."""
+    p = np.exp(output - output.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    p[np.arange(len(y)), y] -= 1
+    return p / len(y)
+
+
+def scaled(matrix, size, normalization=True):
+    """B_i, from the shared matrix."""
+    return matrix[:, :size] / (math.sqrt(size * len(matrix)) if normalization else 1)
+
+
+def arrays(model):
+    """The parameters, without the graph."""
+    return [p.detach().numpy() for p in model.parameters()]
+
+
+def expected_gradients(model, x, y, normalization=True, reduction="mean"):
+    """Of an `fc` network: dW_i = ((e B_i) * tanh')^T h_(i-1), and the last layer's true gradient."""
+    x, y = x.numpy(), y.numpy()
+    weights = arrays(model)
+    hidden = [x]
+    for w, b in zip(weights[:-2:2], weights[1:-2:2]):
+        hidden.append(np.tanh(hidden[-1] @ w.T + b))
+    error = softmax_error(hidden[-1] @ weights[-2].T + weights[-1], y)
+    sent = error * len(y) if reduction == "sum" else error
+    matrix = model[-1].feedback_matrix.numpy()
+    result = []
+    for below, h in zip(hidden, hidden[1:]):
+        delta = (sent @ scaled(matrix, h.shape[1], normalization)) * (1 - h**2)
+        result += [delta.T @ below, delta.sum(0)]
+    return result + [error.T @ hidden[-1], error.sum(0)]
+
+
+@pytest.mark.parametrize("normalization", [True, False])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_gradients_are_those_of_the_equations(normalization, reduction):
+    model = fc(normalization=normalization, reduction=reduction)
+    x, y = batch()
+    got = gradients(model, x, y)
+    assert_close(got, expected_gradients(model, x, y, normalization, reduction))
+
+
+def test_gradients_do_not_depend_on_the_mode():
+    model = fc().eval()
+    x, y = batch()
+    assert_close(gradients(model, x, y), expected_gradients(model, x, y))
+
+
+def test_true_feedback_gives_true_gradients():
+    model = fc((7, 6, 4), normalization=False)
+    x, y = batch()
+    gradients(model, x, y)  # draws the matrix
+    model[-1].feedback_matrix.copy_(model[3].weight.detach())
+    assert_close(gradients(model, x, y), gradients(plain(model), x, y), 1e-15)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_gradients_of_a_convolutional_network(reduction):
+    torch.manual_seed(0)
+    blocks = [
+        nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.MaxPool2d(2)),
+        nn.Sequential(nn.Conv2d(3, 5, 3), nn.Tanh(), nn.Flatten()),
+        nn.Sequential(nn.Linear(20, 6), nn.Tanh()),
+    ]
+    points = [DFALayer() for _ in blocks]
+    pairs = [module for pair in zip(blocks, points) for module in pair]
+    model = nn.Sequential(*pairs, nn.Linear(6, 4), DFA(points, reduction=reduction)).double()
+    x, y = torch.randn(7, 2, 8, 8, dtype=torch.float64), torch.arange(7) % 4
+    got = gradients(model, x, y)
+    matrix = model[-1].feedback_matrix
+    assert matrix.shape == (4, 48)  # the largest of 3x4x4, 20 and 6
+
+    model.zero_grad()
+    hidden = [x]
+    for block in blocks:
+        hidden.append(block(hidden[-1].detach()))
+    output = model[-2](hidden[-1].detach())
+    error = torch.from_numpy(softmax_error(output.detach().numpy(), y.numpy()))
+    sent = error * 7 if reduction == "sum" else error
+    signals = [(sent @ scaled(matrix, h[0].numel())).view_as(h) for h in hidden[1:]]
+    torch.autograd.backward([*hidden[1:], output], [*signals, error])
+    assert_close(got, [p.grad for p in model.parameters()])
+
+
+def test_tokens_are_samples_with_two_batch_dimensions():
+    x, y = batch(12)
+    for reduction in ("mean", "sum"):
+        model = fc(batch_dims=2, reduction=reduction)
+        output = model(x.view(3, 4, -1))
+        assert output.shape == (3, 4, WIDTHS[-1])
+        F.cross_entropy(output.flatten(0, 1), y).backward()
+        expected = expected_gradients(model, x, y, reduction=reduction)
+        assert_close([p.grad for p in model.parameters()], expected)
+
+
+def test_half_batches_accumulate_to_the_whole():
+    x, y = batch(8)
+    model = fc()
+    whole = gradients(model, x, y)
+    model.zero_grad()
+    for half in (slice(0, 4), slice(4, 8)):
+        (F.cross_entropy(model(x[half]), y[half]) / 2).backward()
+    assert_close([p.grad for p in model.parameters()], whole, 1e-14)
+
+
+# Training methods
+
+
+def test_the_output_is_that_of_the_plain_network():
+    model = fc(dtype=torch.float32)
+    x, _ = batch(dtype=torch.float32)
+    for method in ("dfa", "bp", "shallow"):
+        model[-1].training_method = method
+        assert torch.equal(model(x), plain(model)(x))
+
+
+def test_bp_is_plain_pytorch_bit_for_bit():
+    model = fc(dtype=torch.float32, training_method="bp")
+    reference = plain(model)
+    x, y = batch(dtype=torch.float32)
+    assert torch.equal(F.cross_entropy(model(x), y), F.cross_entropy(reference(x), y))
+    assert_same(gradients(model, x, y), gradients(reference, x, y))
+
+
+def test_shallow_trains_what_follows_the_last_point():
+    model = fc(dtype=torch.float32, training_method="shallow")
+    x, y = batch(dtype=torch.float32)
+    true = gradients(plain(model), x, y)
+    assert_same(gradients(model, x, y), [None] * 6 + true[6:])
+
+
+def test_methods_change_on_the_same_weights():
+    model = fc(dtype=torch.float32)
+    x, y = batch(dtype=torch.float32)
+    seen = {}
+    for method in ("dfa", "bp", "shallow", "dfa", "shallow", "bp", "dfa"):
+        model[-1].training_method = method
+        got = gradients(model, x, y)
+        assert_same(got, seen.setdefault(method, got))
+    assert not torch.equal(seen["dfa"][0], seen["bp"][0]) and seen["shallow"][0] is None
+
+
+# The feedback matrix
+
+
+def test_feedback_has_the_stated_deviation():
+    model = fc((3, 800, 300, 50), dtype=torch.float32)
+    model(torch.randn(2, 3))
+    dfa = model[-1]
+    assert dfa.feedback_matrix.shape == (50, 800)
+    for i, size in enumerate((800, 300)):
+        matrix = dfa.feedback(i)
+        assert matrix.shape == (50, size)
+        deviation = 1 / math.sqrt(size * 50)
+        assert abs(matrix.std() / deviation - 1) < 0.03 and abs(matrix.mean() / deviation) < 0.05
+        expected = dfa.feedback_matrix[:, :size] * deviation
+        assert torch.allclose(matrix, expected, rtol=1e-6, atol=0)
+    assert torch.equal(dfa.feedback(-1), dfa.feedback(1))
+    with pytest.raises(IndexError):
+        dfa.feedback(2)
+
+
+def test_raw_feedback_is_a_slice_of_the_matrix():
+    model = fc(normalization=False)
+    model(batch()[0])
+    for i, size in enumerate(WIDTHS[1:-1]):
+        assert torch.equal(model[-1].feedback(i), model[-1].feedback_matrix[:, :size])
+
+
+def test_feedback_is_no_parameter_and_stays_as_it_is():
+    model = fc()
+    x, y = batch()
+    gradients(model, x, y)
+    before = model[-1].feedback_matrix.clone()
+    gradients(model, *batch(5))
+    assert torch.equal(model[-1].feedback_matrix, before)
+    assert len(list(model.parameters())) == 8
+
+
+def test_a_generator_draws_the_matrix():
+    x, _ = batch()
+    for seed in (3, 4):
+        model = fc(generator=torch.Generator().manual_seed(seed))
+        state = torch.get_rng_state()
+        model(x)
+        assert torch.equal(torch.get_rng_state(), state)
+        expected = torch.randn(
+            4, 9, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
+        assert torch.equal(model[-1].feedback_matrix, expected)
+
+
+def test_the_default_generator_draws_the_matrix():
+    model = fc()
+    torch.manual_seed(5)
+    model(batch()[0])
+    torch.manual_seed(5)
+    assert torch.equal(model[-1].feedback_matrix, torch.randn(4, 9, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype, kept", [
+    (torch.bfloat16, torch.float32),
+    (torch.float32, torch.float32),
+    (torch.float64, torch.float64),
+])  # fmt: skip
+def test_the_matrix_is_no_narrower_than_float32(dtype, kept):
+    model = fc(dtype=dtype)
+    x, y = batch(dtype=dtype)
+    got = gradients(model, x, y)
+    assert model[-1].feedback_matrix.dtype == kept
+    assert {gradient.dtype for gradient in got} == {dtype}
+
+
+def test_the_matrix_follows_the_model_in_type():
+    model = fc(dtype=torch.float32)
+    x, y = batch()
+    model(x.float())
+    matrix = model[-1].feedback_matrix.clone()
+    for dtype in (torch.float64, torch.float32):
+        model.to(dtype)
+        assert model[-1].feedback_matrix.dtype == dtype
+        assert torch.equal(model[-1].feedback_matrix, matrix.to(dtype))
+    model.double()
+    assert_close(gradients(model, x, y), expected_gradients(model, x, y))
+
+
+def test_the_matrix_stays_on_its_own_device():
+    model = fc(dtype=torch.float32, feedback_device="cpu")
+    model(batch(dtype=torch.float32)[0])
+    matrix = model[-1].feedback_matrix.clone()
+    model.double()
+    assert model[-1].feedback_matrix.dtype == torch.float64
+    model.to("meta", torch.float32)
+    assert model[0].weight.is_meta and model[-1].feedback_matrix.dtype == torch.float32
+    assert torch.equal(model[-1].feedback_matrix, matrix)
+
+
+# Modules of one's own, and plain code
+
+
+class Skip(nn.Module):
+    """The first activation, uncut, skips over the second layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(7, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+        self.point1, self.point2 = DFALayer(), DFALayer()
+        self.guard = Guard()
+        self.dfa = DFA([self.point1, self.point2])
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        h = self.point2(torch.tanh(self.second(self.point1(h))) + h)
+        return self.dfa(self.head(self.guard(h)))
+
+
+class Recurrent(nn.Module):
+    """One cell and one feedback point, called for each of three equal steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell, self.head = nn.Linear(7 + 6, 6), nn.Linear(6, 4)
+        self.point, self.guard = DFALayer(), Guard()
+        self.dfa = DFA([self.point])
+
+    def forward(self, x):
+        h = x.new_zeros(len(x), 6)
+        for step in range(3):
+            h = self.point(torch.tanh(self.cell(torch.cat([x * (step + 1), h], 1))))
+            if step == 1:
+                self.guard(h)
+        return self.dfa(self.head(h))
+
+
+class Guard(nn.Module):
+    """Identity; raises where it is told to."""
+
+    armed = False
+
+    def forward(self, x):
+        if self.armed:
+            raise InterruptedError("halfway")
+        return x
+
+
+def guarded_fc():
+    model = fc()
+    model.insert(6, Guard())  # two feedback points in front
+    return model
+
+
+def guard_of(model):
+    return next(module for module in model.modules() if isinstance(module, Guard))
+
+
+def test_a_skip_connection():
+    torch.manual_seed(0)
+    model = Skip().double()
+    x, y = batch()
+    got = gradients(model, x, y)
+    w1, b1, w2, b2, w3, b3 = arrays(model)
+    h1 = np.tanh(x.numpy() @ w1.T + b1)
+    t = np.tanh(h1 @ w2.T + b2)
+    h2 = t + h1
+    error = softmax_error(h2 @ w3.T + b3, y.numpy())
+    signal = error @ scaled(model.dfa.feedback_matrix.numpy(), 6)
+    delta2 = signal * (1 - t**2)
+    delta1 = 2 * signal * (1 - h1**2)  # through its own point and, skipping, the second
+    expected = [delta1.T @ x.numpy(), delta1.sum(0), delta2.T @ h1, delta2.sum(0)]
+    assert_close(got, expected + [error.T @ h2, error.sum(0)])
+
+
+def test_a_point_called_several_times_feeds_back_each_time():
+    torch.manual_seed(0)
+    model = Recurrent().double()
+    x, y = batch()
+    got = gradients(model, x, y)
+    w, b, v, c = arrays(model)
+    inputs, hidden = [], [np.zeros((8, 6))]
+    for step in range(3):
+        inputs.append(np.concatenate([x.numpy() * (step + 1), hidden[-1]], 1))
+        hidden.append(np.tanh(inputs[-1] @ w.T + b))
+    error = softmax_error(hidden[-1] @ v.T + c, y.numpy())
+    signal = error @ scaled(model.dfa.feedback_matrix.numpy(), 6)
+    deltas = [signal * (1 - h**2) for h in hidden[1:]]
+    expected = [sum(d.T @ i for d, i in zip(deltas, inputs)), sum(d.sum(0) for d in deltas)]
+    assert_close(got, expected + [error.T @ hidden[-1], error.sum(0)])
+
+
+@pytest.mark.parametrize("build", [Skip, Recurrent, guarded_fc])
+@pytest.mark.parametrize("first", [True, False], ids=["first-pass", "later-pass"])
+def test_a_pass_that_fails_halfway_leaves_nothing_behind(build, first):
+    torch.manual_seed(0)
+    model = build().double()
+    x, y = batch()
+    with torch.no_grad():
+        model(x)  # draws the matrix
+    expected = gradients(copy.deepcopy(model), x, y)
+    if not first:
+        assert_same(gradients(model, x, y), expected)
+    guard = guard_of(model)
+    guard.armed = True
+    for _ in range(2):
+        with pytest.raises(InterruptedError):
+            model(x)
+    guard.armed = False
+    duplicate = copy.deepcopy(model)
+    assert_same(gradients(model, x, y), expected)
+    assert_same(gradients(duplicate, x, y), expected)
+
+
+def test_a_finished_pass_keeps_no_activation_alive():
+    model = fc()
+    x, y = batch()
+    seen = []
+    model[1].register_forward_hook(lambda _, __, hidden: seen.append(weakref.ref(hidden)))
+    gradients(model, x, y)
+    assert len(seen) == 1 and seen[0]() is None
+
+
+def test_encoder_and_head_called_from_plain_code():
+    whole = fc()
+    x, y = batch()
+    expected = gradients(whole, x, y)
+    encoder, head = whole[:6], whole[6:]
+    for _ in range(2):
+        whole.zero_grad()
+        F.cross_entropy(head(encoder(x)), y).backward()
+        assert_same([p.grad for p in whole.parameters()], expected)
+
+
+def test_plain_code_without_modules():
+    torch.manual_seed(0)
+    w, v = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((7, 5), (5, 4)))
+    point = DFALayer()
+    dfa = DFA([point])
+    x, y = batch()
+    for _ in range(2):
+        w.grad = v.grad = None
+        F.cross_entropy(dfa(point(torch.tanh(x @ w)) @ v), y).backward()
+        h = np.tanh(x.numpy() @ w.detach().numpy())
+        error = softmax_error(h @ v.detach().numpy(), y.numpy())
+        delta = (error @ scaled(dfa.feedback_matrix.numpy(), 5)) * (1 - h**2)
+        assert_close([w.grad, v.grad], [x.numpy().T @ delta, h.T @ error])
+
+
+# Without gradients, copies, frozen parameters
+
+
+def test_no_grad_gives_the_output_alone():
+    model = fc()
+    x, y = batch()
+    with torch.no_grad():
+        output = model(x)
+    assert not output.requires_grad and torch.equal(output, plain(model)(x))
+    assert_close(gradients(model, x, y), expected_gradients(model, x, y))
+
+
+@pytest.mark.parametrize("used", [False, True], ids=["before-first-pass", "after"])
+def test_a_deep_copy_is_independent(used):
+    model = fc(generator=torch.Generator().manual_seed(2))
+    x, y = batch()
+    if used:
+        gradients(model, x, y)
+    duplicate = copy.deepcopy(model)
+    expected = gradients(model, x, y)
+    assert_same(gradients(duplicate, x, y), expected)
+    duplicate[-1].training_method = "shallow"
+    duplicate[-1].feedback_matrix.zero_()
+    with torch.no_grad():
+        duplicate[0].weight.zero_()
+    assert_same(gradients(model, x, y), expected)
+    assert gradients(duplicate, x, y)[0] is None
+
+
+def test_a_frozen_layer_gets_no_gradient_and_the_others_their_own():
+    x, y = batch()
+    model = fc()
+    expected = gradients(model, x, y)
+    for frozen in (0, 3, -2):  # the first, a middle layer, the head
+        model.zero_grad()
+        model[frozen].requires_grad_(False)
+        of_frozen = {id(p) for p in model[frozen].parameters()}
+        wanted = [
+            None if id(p) in of_frozen else gradient
+            for p, gradient in zip(model.parameters(), expected)
+        ]
+        assert_same(gradients(model, x, y), wanted)
+        model[frozen].requires_grad_(True)
+
+
+# state_dict
+
+
+@pytest.mark.parametrize("used", [False, True], ids=["before-first-pass", "after"])
+def test_a_bp_state_dict_loads_strictly(used):
+    model, source = fc(seed=0), fc(seed=1)
+    x, _ = batch()
+    state = {k: v for k, v in source.state_dict().items() if "feedback" not in k}
+    if used:
+        model(x)
+        matrix = model[-1].feedback_matrix.clone()
+    model.load_state_dict(state, strict=True)
+    assert_same(list(model.parameters()), list(source.parameters()))
+    if used:
+        assert torch.equal(model[-1].feedback_matrix, matrix)
+
+
+@pytest.mark.parametrize("used", [False, True], ids=["into-fresh", "into-used"])
+def test_a_dfa_state_dict_brings_its_matrix(used):
+    model, source = fc(seed=0), fc(seed=1)
+    x, y = batch()
+    assert "10.feedback_matrix" not in source.state_dict()
+    expected = gradients(source, x, y)
+    state = source.state_dict()
+    assert torch.equal(state["10.feedback_matrix"], source[-1].feedback_matrix)
+    if used:
+        gradients(model, x, y)
+    model.load_state_dict(state, strict=True)
+    assert model[-1].feedback_matrix.data_ptr() != source[-1].feedback_matrix.data_ptr()
+    assert_same(gradients(model, x, y), expected)
+
+
+def test_a_matrix_of_another_size_is_refused():
+    x, _ = batch()
+    other = fc((7, 6, 8, 5, 4))
+    other(x)
+    matrix = {"10.feedback_matrix": other[-1].feedback_matrix}
+    used = fc()
+    used(x)
+    with pytest.raises(RuntimeError, match="size mismatch for 10.feedback_matrix"):
+        used.load_state_dict(matrix, strict=False)
+    fresh = fc()
+    fresh.load_state_dict(matrix, strict=False)
+    with pytest.raises(ValueError, match="has 9 features, but the .* made for at most 8"):
+        fresh(x)
+
+
+# Errors
+
+
+def test_a_layer_without_a_dfa():
+    with pytest.raises(RuntimeError, match="this DFALayer belongs to no DFA"):
+        DFALayer()(torch.randn(2, 3))
+
+
+@pytest.mark.parametrize("layers, error, message", [
+    (lambda: [], ValueError, "at least one DFALayer"),
+    (lambda: [nn.Linear(2, 3)], TypeError, "a list of DFALayer, not Linear"),
+    (lambda: [DFALayer()] * 2, ValueError, "listed twice"),
+    (lambda: DFA([DFALayer()]).layers, ValueError, "already belongs to another"),
+])  # fmt: skip
+def test_bad_layers(layers, error, message):
+    with pytest.raises(error, match=message):
+        DFA(layers())
+
+
+@pytest.mark.parametrize("option, value", [
+    ("reduction", "none"),
+    ("training_method", "backprop"),
+    ("batch_dims", 0),
+    ("batch_dims", 1.0),
+])  # fmt: skip
+def test_bad_options_leave_the_layer_free(option, value):
+    layer = DFALayer()
+    with pytest.raises(ValueError, match=f"{option} must be .*{value!r}"):
+        DFA([layer], **{option: value})
+    DFA([layer])
+
+
+def test_a_bad_training_method_is_not_taken_up():
+    dfa = DFA([DFALayer()])
+    with pytest.raises(ValueError, match=r"one of \('dfa', 'bp', 'shallow'\), not 'BP'"):
+        dfa.training_method = "BP"
+    assert dfa.training_method == "dfa"
+
+
+def test_the_feedback_is_unknown_before_the_first_pass():
+    model = fc()
+    with pytest.raises(RuntimeError, match="known after the first forward pass"):
+        model[-1].feedback(0)
+
+
+@pytest.mark.parametrize("method", ["dfa", "bp", "shallow"])
+def test_an_output_of_another_size(method):
+    model = fc(training_method=method)
+    x, y = batch()
+    expected = gradients(model, x, y)
+    head, model[-2] = model[-2], nn.Linear(5, 3).double()
+    with pytest.raises(ValueError, match="output of size 3, but .* was made for 4"):
+        model(x)
+    model[-2] = head
+    assert_same(gradients(model, x, y), expected)
+
+
+def test_activations_larger_than_the_matrix():
+    point = DFALayer()
+    dfa = DFA([point])
+    dfa(point(torch.randn(2, 3, requires_grad=True))[:, :2])
+    point(torch.randn(2, 5))
+    with pytest.raises(ValueError, match="has 5 features, but the .* made for at most 3"):
+        dfa(torch.randn(2, 2))
+
+
+def test_a_dfa_whose_layers_are_not_called():
+    point = DFALayer()
+    dfa = DFA([point])
+    with pytest.raises(RuntimeError, match="none of this DFA's layers was called: place them"):
+        dfa(torch.randn(2, 3))
+    with torch.no_grad():
+        hidden = point(torch.randn(2, 3))
+    with pytest.raises(RuntimeError, match="called with gradients enabled in this forward pass"):
+        dfa(hidden)
+
+
+def test_batch_dimensions_that_differ():
+    point = DFALayer()
+    dfa = DFA([point])
+    hidden = point(torch.randn(6, 3))
+    with pytest.raises(ValueError, match=r"\(6, 3\) do not share the first 1 dimension"):
+        dfa(hidden.view(2, 9))
+    point = DFALayer()
+    dfa = DFA([point], batch_dims=2)
+    hidden = point(torch.randn(2, 3, 4))
+    with pytest.raises(ValueError, match=r"batch_dims=2 got an output of shape \(2,\)"):
+        dfa(hidden.sum((1, 2)))
