@@ -9,14 +9,13 @@ Results go to results/best_practices/<experiment>/seed-<n>/, the tables to resul
 What is finished is not run again; what was interrupted goes on where it stopped.
 """
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 from mltools.networks import Network
 from mltools.sweep import Options, exit_code, folder_of, parse, run
-from mltools.tables import Row, Table, summarise, write_tables
+from mltools.tables import Table, protocols, reference_row, summarise, write_tables
 from mltools.training import Experiment
 
 # TODO: where the data is; what is not there is fetched.
@@ -27,6 +26,7 @@ RESULTS_DIR = Path("results")
 DATASET = "CIFAR-10"
 
 SCRIPT = Path(__file__).stem
+RELEASE = Path(__file__).parent / "reference" / "release.json"
 # The 2019 protocol: hidden layers get the error summed over the batch, the output layer its mean.
 DFA = {"reduction": "sum", "learning_rate": 5e-4}
 # Plain backpropagation under the mean loss, at about the same size of step.
@@ -61,8 +61,9 @@ EXPERIMENTS = [
 
 def main() -> None:
     defaults = Options(dataset=DATASET, data_dir=DATA_DIR, results_dir=RESULTS_DIR)
-    options, tables_only = parse(f"{SCRIPT}.py", __doc__.splitlines()[0], EXPERIMENTS, defaults)
-    chosen = [experiment for experiment in EXPERIMENTS if experiment.name in options.experiments]
+    options, chosen, tables_only = parse(
+        f"{SCRIPT}.py", __doc__.splitlines()[0], lambda arguments: EXPERIMENTS, defaults
+    )
     if not tables_only:
         run(SCRIPT, chosen, options)
     print(write_tables(options.results_dir / SCRIPT, tables(chosen, options)))
@@ -80,40 +81,10 @@ def tables(experiments: list[Experiment], options: Options) -> list[Table]:
             if experiment.network.architecture == architecture:
                 folders = [folder_of(SCRIPT, experiment.name, s, options) for s in options.seeds]
                 rows.append(summarise(experiment.name, folders))
-                rows += release(rows[-1])
-        protocols = {protocol(row.settings): None for row in rows if row.settings}
+                rows += reference_row(rows[-1], RELEASE, "2019 release")
         if rows:
-            result.append(Table(": ".join([title, *protocols]), rows, layers))
+            result.append(Table(f"{title}: {protocols(rows)}", rows, layers))
     return result
-
-
-def protocol(settings: dict) -> str:
-    return (
-        f"{settings['dataset']}, {settings['epochs']} epochs, batch {settings['batch_size']}, "
-        f"feedback placement {settings['feedback_placement']}"
-    )
-
-
-def release(row: Row) -> list[Row]:
-    """The same row as the 2019 release's own code gives it, where that is known."""
-    reference = json.loads((Path(__file__).parent / "reference/release.json").read_text())
-    run = reference["runs"].get(row.name)
-    if run is None or not run["settings"].items() <= row.settings.items():
-        return []
-    epoch = row.settings["epochs"] - 1
-    if epoch >= len(run["test"]):
-        return []
-    spreads = zip(run["layers"], run["mean"][epoch], run["std"][epoch])
-    return [
-        Row(
-            f"{row.name}, 2019 release",
-            test=(run["test"][epoch], None),
-            train=(run["train"][epoch], None),
-            alignment={layer: (mean, std) for layer, mean, std in spreads},
-            angles_from="seed 0",
-            seeds=1,
-        )
-    ]
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dfatools import DFA, DFALayer
+from dfatools import DFA, BottleneckLinear, DFALayer
 from mltools.errors import UserError
 
 ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "leaky-relu": nn.LeakyReLU}
@@ -17,7 +17,12 @@ class Network:
     """What a network is made of, its input and output sizes aside."""
 
     architecture: str = "fc"
-    """`"fc"`: three hidden layers of 800; `"cnn"`: three convolutions and one hidden layer of 128."""
+    """`"fc"`: hidden Linear layers; `"cnn"`: three convolutions and one hidden Linear of 128."""
+    hidden: tuple[int, ...] = (800, 800, 800)
+    """Sizes of the hidden layers of `"fc"`."""
+    bottleneck: float | None = None
+    """Makes the second Linear of `"fc"` a `BottleneckLinear` that keeps gradient entries with this
+    probability."""
     activation: str = "tanh"
     """A key of ACTIVATIONS."""
     negative_slope: float | None = None
@@ -47,7 +52,8 @@ class Network:
             input_shape: (channels, height, width) of an image.
             classes: size of the output.
             placement: `"every-layer"` puts a feedback point after each hidden block; `"release"`
-                leaves out the one in front of the CNN's last Linear, as the 2019 release did.
+                leaves out those that the 2019 release missed: in front of the CNN's last Linear,
+                and of a `BottleneckLinear`.
             dfa_options: the keyword arguments of `dfatools.DFA`.
 
         Raises UserError for images too small for the CNN's three poolings.
@@ -57,25 +63,32 @@ class Network:
             raise ValueError(f"placement must be one of {PLACEMENTS}, not {placement!r}")
         model = nn.Sequential()
         points: list[DFALayer] = []
-        fed = len(blocks) - (2 if self.architecture == "cnn" and placement == "release" else 1)
-        for i, block in enumerate(blocks, 1):
+        for i, block in enumerate(blocks):
+            if i > 0 and not (placement == "release" and i == self._missed(blocks)):
+                points.append(DFALayer())
+                model.add_module(f"point{i}", points[-1])
             for name, module in block.items():
                 if module is not None:
                     model.add_module(name, module)
-            if i <= fed:
-                points.append(DFALayer())
-                model.add_module(f"point{i}", points[-1])
         model.add_module("dfa", DFA(points, **dfa_options))
         with torch.no_grad():  # draws the feedback matrix, whose size follows from the shapes
             model.eval()(torch.zeros(1, *input_shape))
         return model.train()
 
+    def _missed(self, blocks: list[dict]) -> int | None:
+        """The block in front of which the release had no feedback point."""
+        if self.architecture == "cnn":
+            return len(blocks) - 1
+        return None if self.bottleneck is None else 1
+
     def _fc(self, input_shape: tuple[int, int, int], classes: int) -> list[dict]:
-        sizes = [torch.Size(input_shape).numel(), 800, 800, 800]
+        sizes = [torch.Size(input_shape).numel(), *self.hidden]
         blocks = [
             {f"lin{i}": nn.Linear(sizes[i - 1], sizes[i]), **self._hidden(i, sizes[i])}
             for i in range(1, len(sizes))
         ]
+        if self.bottleneck is not None:
+            blocks[1]["lin2"] = BottleneckLinear(sizes[1], sizes[2], self.bottleneck)
         blocks[0] = {"flat": nn.Flatten(), "drop0": _dropout(self.dropout_input), **blocks[0]}
         return [*blocks, {f"lin{len(sizes)}": nn.Linear(sizes[-1], classes)}]
 

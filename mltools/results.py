@@ -14,14 +14,12 @@ disagree after that, the checkpoint's epoch counts.
 import json
 import math
 import os
-import platform
-import subprocess
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-import torch
-
 from mltools.errors import UserError
 from mltools.files import write_atomically
 
@@ -81,7 +79,8 @@ class RunFolder:
         for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is torn
             try:
                 epoch = json.loads(line)
-                intact = all(key in epoch for key in KEYS) and epoch["epoch"] == number
+                after = epochs[-1]["epoch"] if epochs else 0
+                intact = all(key in epoch for key in KEYS) and epoch["epoch"] > after
             except (ValueError, TypeError):
                 intact = False
             if not intact:
@@ -90,31 +89,32 @@ class RunFolder:
         return epochs
 
     def finished(self) -> bool:
-        """Whether the run has ended, at its last epoch or because it diverged."""
-        return (self.path / "state.pt").exists()
+        """Whether the metrics reach the end: the last epoch asked for, or one that diverged."""
+        metrics, config = self.metrics(), self.config()
+        if not metrics or config is None:
+            return False
+        return metrics[-1]["epoch"] >= config["settings"]["epochs"] or diverged(metrics[-1])
 
-    def start(self, settings: dict, device: torch.device) -> dict | None:
-        """Makes the folder, or returns the checkpoint that the run there goes on from."""
+    def start(self, settings: dict, environment: dict) -> None:
+        """Makes the folder and its `config.json`, if they are not there."""
         self.path.mkdir(parents=True, exist_ok=True)
-        config = {"settings": settings, "environment": environment(device)}
         if self.config() is None:
+            config = {"settings": settings, "environment": environment}
             text = json.dumps(config, indent=2) + "\n"
-            write_atomically(self.path / "config.json", lambda file: file.write(text.encode()))
-        checkpoint = self._load("checkpoint.pt")
-        epochs = checkpoint["epoch"] if checkpoint else 0
-        kept = "".join(json.dumps(line) + "\n" for line in self.metrics()[:epochs])
-        write_atomically(self.path / "metrics.jsonl", lambda file: file.write(kept.encode()))
-        return checkpoint
+            self.write("config.json", lambda file: file.write(text.encode()))
 
-    def _load(self, name: str) -> dict | None:
-        path = self.path / name
-        if not path.exists():
-            return None
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load raises many kinds for a damaged file
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{path} cannot be read ({reason}): move its folder away") from None
+    def write(self, name: str, write: Callable[[BinaryIO], object]) -> None:
+        """Replaces a file of the folder whole."""
+        write_atomically(self.path / name, write)
+
+    def rewind(self, epochs: int) -> None:
+        """Forgets what comes after so many epochs."""
+        self.write_metrics([line for line in self.metrics() if line["epoch"] <= epochs])
+
+    def write_metrics(self, epochs: list[dict]) -> None:
+        """Replaces `metrics.jsonl` whole."""
+        text = "".join(json.dumps(line) + "\n" for line in epochs)
+        self.write("metrics.jsonl", lambda file: file.write(text.encode()))
 
     def angles(self) -> dict[str, np.ndarray]:
         """Layer name to per-sample cosines, float32 (epochs, samples).
@@ -130,30 +130,24 @@ class RunFolder:
         except Exception as error:  # zip, header and value errors alike
             raise UserError(f"{path} cannot be read ({error}): move its folder away") from None
 
-    def add_epoch(self, metrics: dict, angles: dict[str, np.ndarray], checkpoint: dict) -> None:
-        """Puts down one epoch; the checkpoint, last, makes it count."""
+    def add_epoch(self, metrics: dict, angles: dict[str, np.ndarray]) -> None:
+        """Puts down one epoch: its line of metrics, and the cosines (samples,) of each layer."""
         done = metrics["epoch"] - 1
         before = self.angles()
         whole = {
             name: np.concatenate([before[name][:done], row[None]]) if name in before else row[None]
             for name, row in angles.items()
         }
-        write_atomically(self.path / "angles.npz", lambda file: np.savez(file, **whole))
+        self.write("angles.npz", lambda file: np.savez(file, **whole))
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        write_atomically(self.path / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
 
-    def finish(self, state_dict: dict) -> None:
-        """Keeps the final weights; the checkpoint has served."""
-        write_atomically(self.path / "state.pt", lambda file: torch.save(state_dict, file))
-        (self.path / "checkpoint.pt").unlink(missing_ok=True)
-
-    def log(self, line: str) -> None:
-        """Appends a line to `log.txt`, with the time."""
+    def log(self, *lines: str) -> None:
+        """Appends lines to `log.txt`, with the time."""
         with open(self.path / "log.txt", "a", encoding="utf-8") as file:
-            file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}\n")
+            file.writelines(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}\n" for line in lines)
 
 
 def diverged(metrics: dict) -> bool:
@@ -161,28 +155,9 @@ def diverged(metrics: dict) -> bool:
     return metrics["train_loss"] is None or metrics["test_loss"] is None
 
 
-def finite(value: float) -> float | None:
-    """JSON has no NaN and no infinity: they are written as null."""
-    return value if math.isfinite(value) else None
-
-
-def environment(device: torch.device) -> dict:
-    """Versions, device and source of a run, for `config.json`."""
-    try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
-        ).stdout.strip()  # fmt: skip
-    except (OSError, subprocess.CalledProcessError):
-        commit = None  # no git, or not a checkout: the run is as good
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
-        "commit": commit,
-    }
+def rounded(value: float) -> float | None:
+    """A number of `metrics.jsonl`, as precise as in the log; what is no number is null in JSON."""
+    return round(float(value), 4) if math.isfinite(value) else None
 
 
 def _flat(nested: dict, prefix: str = "") -> dict:

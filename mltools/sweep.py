@@ -27,7 +27,6 @@ class Options:
     dataset: str
     data_dir: Path
     results_dir: Path
-    experiments: tuple[str, ...] = ()
     seeds: tuple[int, ...] = tuple(range(10))
     epochs: int = 50
     batch_size: int = 128
@@ -36,11 +35,22 @@ class Options:
 
 
 def parse(
-    script: str, description: str, experiments: Sequence[Experiment], defaults: Options
-) -> tuple[Options, bool]:
+    script: str,
+    description: str,
+    experiments: Callable[[argparse.Namespace], Sequence[Experiment]],
+    defaults: Options,
+    more_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+) -> tuple[Options, list[Experiment], bool]:
     """Reads the command line of a script.
 
-    Returns: the options, and whether only tables are asked for. `--list` prints the rows and exits.
+    Args:
+        script, description: for `--help`.
+        experiments: all rows there are, given the parsed command line.
+        defaults: of the common options.
+        more_options: adds the script's own options.
+
+    Returns: the common options, the rows chosen, and whether only tables are asked for. `--list`
+    prints the rows and exits.
 
     Raises UserError for an unknown experiment or device, or a number out of range.
     """
@@ -49,7 +59,7 @@ def parse(
     def option(name: str, help: str, **kind) -> None:
         default = getattr(defaults, name)
         if isinstance(default, tuple):
-            default = " ".join(map(str, default)) or "all"
+            default = " ".join(map(str, default))
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, help=f"{help} (default: {default})", **kind)
 
@@ -57,7 +67,13 @@ def parse(
     option("dataset", f"one of {names}", choices=DATASETS, metavar="NAME")
     option("data_dir", "where the data is; what is not there is fetched", type=Path, metavar="DIR")
     option("results_dir", "where the results go", type=Path, metavar="DIR")
-    option("experiments", "the rows to run, see --list", nargs="+", metavar="ROW")
+    parser.add_argument(
+        "--experiments",
+        nargs="+",
+        default=[],
+        metavar="ROW",
+        help="the rows to run, see --list (default: all)",
+    )
     option("seeds", "the seeds to run each row with", nargs="+", type=int, metavar="N")
     option("epochs", "how long to train", type=int, metavar="N")
     option("batch_size", "samples in a training step", type=int, metavar="N")
@@ -72,24 +88,25 @@ def parse(
     parser.set_defaults(**dataclasses.asdict(defaults))
     parser.add_argument("--tables-only", action="store_true", help="run nothing, write the tables")
     parser.add_argument("--list", action="store_true", help="list the rows and exit")
-    values = vars(parser.parse_args())
-    if values.pop("list"):
-        print("\n".join(experiment.name for experiment in experiments))
+    more_options(parser)
+    arguments = parser.parse_args()
+    rows = experiments(arguments)
+    known = {experiment.name: experiment for experiment in rows}
+    if arguments.list:
+        print("\n".join(known))
         sys.exit()
-    tables_only = values.pop("tables_only")
-    known = [experiment.name for experiment in experiments]
-    values["experiments"] = tuple(values["experiments"] or known)
-    values["seeds"] = tuple(values["seeds"])
-    options = Options(**values)
-    for name in options.experiments:
+    for name in arguments.experiments:
         if name not in known:
             raise UserError(f"no experiment is called {name!r}; there are: {', '.join(known)}")
+    values = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Options)}
+    options = Options(**{**values, "seeds": tuple(arguments.seeds)})
     if options.epochs < 1 or options.batch_size < 2:
         raise UserError("--epochs must be at least 1 and --batch-size at least 2")
     if min(options.seeds) < 0 or len(set(options.seeds)) < len(options.seeds):
         raise UserError("--seeds takes different numbers, 0 or greater")
     _check_device(options.device)
-    return options, tables_only
+    chosen = [known[name] for name in known if name in (arguments.experiments or known)]
+    return options, chosen, arguments.tables_only
 
 
 def run(script: str, experiments: Iterable[Experiment], options: Options) -> None:
@@ -106,7 +123,7 @@ def run(script: str, experiments: Iterable[Experiment], options: Options) -> Non
             folder = folder_of(script, experiment.name, seed, options)
             settings = settings_of(experiment, seed, options)
             folder.check(settings)
-            if not folder.finished():
+            if not folder.finished() or (folder.path / "checkpoint.pt").exists():
                 todo.append((experiment, folder, settings))
     check_writable(options.results_dir)
     if not todo:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -64,6 +65,42 @@ def summarise(name: str, folders: Sequence[RunFolder]) -> Row:
         }
         row.angles_from = f"{name}/{first}" if row.alignment else ""
     return row
+
+
+def reference_row(row: Row, path: Path, source: str) -> list[Row]:
+    """The same row as a file of reference numbers has it: one row, or none if it does not know it.
+
+    The file maps run names to the settings that the numbers hold for, the epochs that are known,
+    and for each of these the accuracies and the cosines of `layers`.
+    """
+    run = json.loads(path.read_text(encoding="utf-8"))["runs"].get(row.name)
+    if run is None or not run["settings"].items() <= row.settings.items():
+        return []
+    if row.settings["epochs"] not in run["epochs"]:
+        return []
+    i = run["epochs"].index(row.settings["epochs"])
+    spreads = zip(run["layers"], run["mean"][i], run["std"][i])
+    return [
+        Row(
+            f"{row.name}, {source}",
+            test=(run["test"][i], None),
+            train=(run["train"][i], None),
+            alignment={layer: (mean, std) for layer, mean, std in spreads},
+            angles_from=source,
+            seeds=1,
+        )
+    ]
+
+
+def protocols(rows: Sequence[Row]) -> str:
+    """What rows were run with, for a title."""
+    found = {
+        f"{settings['dataset']}, {settings['epochs']} epochs, batch {settings['batch_size']}, "
+        f"feedback placement {settings['feedback_placement']}": None
+        for settings in (row.settings for row in rows)
+        if settings
+    }
+    return "; ".join(found) or "no finished run"
 
 
 def _same(settings: dict, folder: RunFolder) -> dict:

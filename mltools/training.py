@@ -1,17 +1,25 @@
 """The training loop of one run."""
 
+import json
+import platform
+import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfatools import measure_alignment
+from dfatools import measure_alignment, prealign
 from mltools.data import DataSet, Loader
+from mltools.errors import UserError
 from mltools.networks import Network
-from mltools.results import RunFolder, diverged, finite
+from mltools.logs import epoch_lines
+from mltools.results import RunFolder, diverged, rounded
 
 EVALUATION_BATCH = 1000
 ALIGNMENT_SAMPLES = 128  # of the test set, its first ones
@@ -26,6 +34,8 @@ class Experiment:
     network: Network
     training_method: str = "dfa"
     """`"dfa"`, `"bp"` or `"shallow"`."""
+    prealigned: bool = False
+    """Whether the weights start out pre-aligned, see `dfatools.prealign`, on the first batch."""
     normalization: bool = True
     """Whether the feedback matrices are normalised."""
     reduction: str = "mean"
@@ -60,7 +70,9 @@ def train(
         data.train, settings["batch_size"], device, shuffle=True, drop_last=True, seed=seed
     )
     test = Loader(data.test, EVALUATION_BATCH, device)
-    checkpoint = folder.start(settings, device)
+    folder.start(settings, environment(device))
+    checkpoint = load_checkpoint(folder.path / "checkpoint.pt")
+    folder.rewind(checkpoint["epoch"] if checkpoint else 0)
 
     def log(line: str) -> None:
         folder.log(line)
@@ -82,7 +94,11 @@ def train(
         _set_random_state(checkpoint["random_state"], device)
         log(f"{name}: going on after epoch {checkpoint['epoch']}")
     else:
-        log(f"{name}: {epochs} epochs of {data.name} on {device}, {asdict(experiment)}")
+        log(f"{name}: {epochs} epochs of {data.name} on {device}")
+        folder.log(f"settings {json.dumps(settings)}")
+        if experiment.prealigned:
+            x, y = next(iter(batches))
+            prealign(model, x, y, F.cross_entropy)
 
     for epoch in range(checkpoint["epoch"] + 1 if checkpoint else 1, epochs + 1):
         start = time.perf_counter()
@@ -97,31 +113,32 @@ def train(
             cosines = {layer: c.float().cpu().numpy() for layer, c in cosines.items()}
         metrics = {
             "epoch": epoch,
-            "train_loss": finite(train_loss),
-            "train_accuracy": train_accuracy,
-            "test_loss": finite(test_loss),
-            "test_accuracy": test_accuracy,
+            "train_loss": rounded(train_loss),
+            "train_accuracy": rounded(train_accuracy),
+            "test_loss": rounded(test_loss),
+            "test_accuracy": rounded(test_accuracy),
             "alignment": {
-                layer: {"mean": finite(float(c.mean())), "std": finite(float(c.std(ddof=1)))}
+                layer: {"mean": rounded(c.mean()), "std": rounded(c.std(ddof=1))}
                 for layer, c in cosines.items()
             },
             "seconds": round(time.perf_counter() - start, 3),
         }
         lines = epoch_lines(metrics, epochs)
-        for line in lines:  # first, so that a kill can make the log say an epoch twice, never skip it
-            folder.log(line)
+        folder.log(*lines)  # first: a kill can make the log say an epoch twice, but not skip it
         checkpoint = {
             "epoch": epoch,
             "model": model.state_dict(),
             "random_state": _random_state(device),
         }
-        folder.add_epoch(metrics, cosines, checkpoint)
-        report(lines[0])
+        folder.add_epoch(metrics, cosines)
+        folder.write("checkpoint.pt", partial(torch.save, checkpoint))  # now the epoch counts
+        report(lines[-1])
         epoch_ended()
         if diverged(metrics):
             log(f"{name}: diverged in epoch {epoch}, stopped")
             break
-    folder.finish(model.state_dict())
+    folder.write("state.pt", partial(torch.save, model.state_dict()))
+    (folder.path / "checkpoint.pt").unlink(missing_ok=True)
 
 
 def train_epoch(
@@ -168,22 +185,34 @@ class _Totals:
         return loss / self.samples, 100 * correct / self.samples
 
 
-def epoch_lines(metrics: dict, epochs: int) -> list[str]:
-    """An epoch for people: all that `metrics.jsonl` holds of it, to the printed precision."""
+def load_checkpoint(path: Path) -> dict | None:
+    """Reads a checkpoint, where there is one. Raises UserError if it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds for a damaged file
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} cannot be read ({reason}): move its folder away") from None
 
-    def number(value: float | None, digits: int) -> str:
-        return "nan" if value is None else f"{value:.{digits}f}"
 
-    lines = [
-        f"epoch {metrics['epoch']}/{epochs}: "
-        f"train loss {number(metrics['train_loss'], 4)} accuracy {metrics['train_accuracy']:.2f}%, "
-        f"test loss {number(metrics['test_loss'], 4)} accuracy {metrics['test_accuracy']:.2f}%, "
-        f"{metrics['seconds']:.3f} s"
-    ]
-    for layer, cosine in metrics["alignment"].items():
-        mean, std = number(cosine["mean"], 4), number(cosine["std"], 4)
-        lines.append(f"alignment {layer}: mean {mean} std {std}")
-    return lines
+def environment(device: torch.device) -> dict:
+    """Versions, device and source of a run, for `config.json`."""
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
+        ).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        commit = None  # no git, or not a checkout: the run is as good
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "commit": commit,
+    }
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:
