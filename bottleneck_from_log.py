@@ -1,0 +1,137 @@
+"""The table and the figures of the bottleneck sweep, from results or from logs; no training code.
+
+    python bottleneck_from_log.py results/bottleneck            results, original or retrieved
+    python bottleneck_from_log.py LOG [LOG ...] --output DIR    logs, ours or the 2019 release's
+
+Writes table.md, table.csv, table.tex, alignment.png, alignment.pdf, accuracy.png and accuracy.pdf
+into DIR; without --output into the results folder given first.
+"""
+
+import argparse
+import re
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from log_retrieval import restore, retrieve
+from mltools.errors import UserError
+from mltools.figures import Series, sweep_figure
+from mltools.results import RunFolder
+from mltools.tables import Row, Table, protocols, reference_row, summarise, write_tables
+
+PUBLISHED = Path(__file__).parent / "reference" / "published_bottleneck.json"
+KINDS = {
+    "": "Gradient bottleneck in the second layer",
+    "width-": "Second layer of this many units",
+}
+INITS = {"std": "standard init", "pai": "pre-alignment"}
+LAYERS = ["act1", "act2", "act3"]
+BOTTLENECK = "act2"  # the output of the bottleneck layer
+
+
+def write_report(runs: Mapping[str, Sequence[RunFolder]], folder: Path) -> str:
+    """Writes the tables and the figures, and returns the tables in Markdown.
+
+    Args:
+        runs: for each row, called `[width-]<init>-<size>`, its runs, one per seed.
+        folder: where to.
+
+    Raises UserError if none of the rows is a bottleneck's, or if a result is damaged.
+    """
+    tables = []
+    for prefix, title in KINDS.items():
+        named = {name: _size(name, prefix) for name in runs}
+        found = [name for name, size in named.items() if size]
+        found.sort(key=lambda name: (name.rsplit("-", 1)[0] != f"{prefix}std", named[name]))
+        rows, published = [], []
+        for name in found:
+            rows.append(summarise(name, runs[name]))
+            published += reference_row(rows[-1], PUBLISHED, "published")
+        if rows:
+            both = [row for one in rows for row in (one, *_beside(one, published))]
+            tables.append(Table(f"{title}: {protocols(rows)}", both, LAYERS))
+            _figures(rows, published, prefix, title, folder)
+    if not tables:
+        raise UserError("there is no run of a bottleneck: rows are called std-118, pai-118, ...")
+    return write_tables(folder, tables)
+
+
+def _size(name: str, prefix: str) -> int | None:
+    match = re.fullmatch(rf"{prefix}(?:std|pai)-(\d+)(?:, published)?", name)
+    return int(match[1]) if match else None
+
+
+def _beside(row: Row, published: list[Row]) -> list[Row]:
+    return [other for other in published if other.name == f"{row.name}, published"]
+
+
+def _figures(
+    rows: list[Row], published: list[Row], prefix: str, title: str, folder: Path
+) -> None:
+    alignment, accuracy = [], []
+    for init, label in INITS.items():
+        for source, source_label in ((rows, ""), (published, ", published")):
+            points = [
+                (_size(row.name, prefix), row)
+                for row in source
+                if row.test and row.name.startswith(f"{prefix}{init}-")
+            ]
+            style = {"init": init, "hollow": bool(source_label)}
+            cosines = {size: row.alignment.get(BOTTLENECK) for size, row in points}
+            cosines = {size: spread for size, spread in cosines.items() if spread}
+            alignment.append(Series(f"{label}{source_label}", cosines, **style))
+            for half in ("test", "train"):
+                spreads = {size: getattr(row, half) for size, row in points}
+                accuracy.append(Series(f"{label}, {half}{source_label}", spreads, **style, half=half))
+    axis = "bottleneck size"
+    sweep_figure(
+        alignment, title, axis, "cosine at the bottleneck layer", folder / f"{prefix}alignment"
+    )
+    sweep_figure(accuracy, title, axis, "accuracy (%)", folder / f"{prefix}accuracy")
+
+
+def runs_below(folder: Path) -> dict[str, list[RunFolder]]:
+    """`<experiment>/seed-<n>/` in a results folder."""
+    configs = sorted(folder.glob("*/seed-*/config.json"))
+    runs: dict[str, list[RunFolder]] = {}
+    for config in configs:
+        runs.setdefault(config.parent.parent.name, []).append(RunFolder(config.parent))
+    return runs
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "sources", type=Path, nargs="+", metavar="PATH", help="a results folder, or a log file"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="where to (default: the first results folder)"
+    )
+    arguments = parser.parse_args()
+    folders = [source for source in arguments.sources if source.is_dir()]
+    output = arguments.output or (folders[0] if folders else None)
+    if output is None:
+        parser.error("with logs alone, --output says where the figures go")
+    with tempfile.TemporaryDirectory() as retrieved:
+        try:
+            for source in arguments.sources:
+                if source not in folders:
+                    for run in retrieve(source):
+                        restore(run, Path(retrieved))
+            runs = {}
+            for folder in (*folders, Path(retrieved)):
+                for name, found in runs_below(folder).items():
+                    runs.setdefault(name, []).extend(found)
+            print(write_report(runs, output))
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except OSError as error:
+            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+            return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
