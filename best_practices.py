@@ -29,8 +29,9 @@ SCRIPT = Path(__file__).stem
 RELEASE = Path(__file__).parent / "reference" / "release.json"
 # The 2019 protocol: hidden layers get the error summed over the batch, the output layer its mean.
 DFA = {"reduction": "sum", "learning_rate": 5e-4}
-# Plain backpropagation under the mean loss, at about the same size of step.
-BP = {"training_method": "bp", "learning_rate": 0.05}
+# Plain backpropagation under the mean loss; larger steps make the FC network's accuracy jump about.
+FC_BP = {"training_method": "bp", "learning_rate": 0.01}
+CNN_BP = {"training_method": "bp", "learning_rate": 0.05}
 
 FC = Network("fc")
 CNN = Network("cnn")
@@ -49,13 +50,13 @@ EXPERIMENTS = [
     Experiment("fc-batchnorm", replace(FC, batchnorm=True), **DFA),
     Experiment("fc-dropout-0.1-0.5", replace(FC, dropout_input=0.1, dropout_fc=0.5), **DFA),
     Experiment("fc-dropout-0.1-0.1", replace(FC, dropout_input=0.1, dropout_fc=0.1), **DFA),
-    Experiment("fc-bp", FC, **BP),
+    Experiment("fc-bp", FC, **FC_BP),
     Experiment("cnn-tanh", CNN, **DFA),
     Experiment("cnn-no-normalization", CNN, normalization=False, **DFA),
     Experiment("cnn-batchnorm", replace(CNN, batchnorm=True), **DFA),
     Experiment("cnn-dropout-0.1-0.5", replace(CNN, dropout_input=0.1, dropout_fc=0.5), **DFA),
     Experiment("cnn-dropout-0.1-0.1", replace(CNN, dropout_input=0.1, dropout_fc=0.1), **DFA),
-    Experiment("cnn-bp", CNN, **BP),
+    Experiment("cnn-bp", CNN, **CNN_BP),
 ]
 
 

@@ -52,7 +52,8 @@ def parse(
     Returns: the common options, the rows chosen, and whether only tables are asked for. `--list`
     prints the rows and exits.
 
-    Raises UserError for an unknown experiment or device, or a number out of range.
+    Raises UserError for an unknown experiment or device, a number out of range, or a results folder
+    that cannot be written to.
     """
     parser = _Parser(prog=script, description=description, allow_abbrev=False)
 
@@ -105,6 +106,7 @@ def parse(
     if min(options.seeds) < 0 or len(set(options.seeds)) < len(options.seeds):
         raise UserError("--seeds takes different numbers, 0 or greater")
     _check_device(options.device)
+    _check_writable(options.results_dir)
     chosen = [known[name] for name in known if name in (arguments.experiments or known)]
     return options, chosen, arguments.tables_only
 
@@ -112,7 +114,7 @@ def parse(
 def run(script: str, experiments: Iterable[Experiment], options: Options) -> None:
     """Runs every experiment with every seed, those aside that are finished already.
 
-    Raises UserError, before any training, if the data, the device or a folder is not as it must be.
+    Raises UserError, before any training, if the data or a run's folder is not as it must be.
     """
     device = torch.device(options.device)
     # Full float32 on CUDA, as in 2019: its convolutions would otherwise round to TF32.
@@ -125,7 +127,6 @@ def run(script: str, experiments: Iterable[Experiment], options: Options) -> Non
             folder.check(settings)
             if not folder.finished() or (folder.path / "checkpoint.pt").exists():
                 todo.append((experiment, folder, settings))
-    check_writable(options.results_dir)
     if not todo:
         return
     data: DataSet = load(options.dataset, options.data_dir)
@@ -152,19 +153,6 @@ def settings_of(experiment: Experiment, seed: int, options: Options) -> dict:
         "batch_size": options.batch_size,
         "feedback_placement": options.feedback_placement,
     }
-
-
-def check_writable(folder: Path) -> None:
-    """Raises UserError if nothing can be written below `folder`."""
-    probe = folder / f".writable.{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"results cannot be written to {folder} ({error.strerror}): choose another --results-dir"
-        ) from None
 
 
 def exit_code(main: Callable[[], None]) -> int:
@@ -198,3 +186,15 @@ def _check_device(name: str) -> None:
         raise UserError(
             f"--device {name} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices"
         )
+
+
+def _check_writable(folder: Path) -> None:
+    probe = folder / f".writable.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"results cannot be written to {folder} ({error.strerror}): choose another --results-dir"
+        ) from None

@@ -1,0 +1,176 @@
+"""best_practices.py: the paper's rows, the files it leaves, and one line for what is wrong."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import best_practices
+from mltools.data import Loader, load
+from mltools.sweep import Options
+from mltools.training import evaluate, train_epoch
+
+ROOT = Path(best_practices.__file__).parent
+ROWS = {experiment.name: experiment for experiment in best_practices.EXPERIMENTS}
+DIGITS = ("--dataset", "Digits", "--device", "cpu")
+
+
+def test_the_rows_are_the_papers():
+    fc, cnn = {"architecture": "fc"}, {"architecture": "cnn"}
+    leaky = {**fc, "activation": "leaky-relu"}
+    expected = {
+        "fc-tanh": fc,
+        "fc-relu": {**fc, "activation": "relu"},
+        "fc-leaky-relu-0.5": {**leaky, "negative_slope": 0.5},
+        "fc-leaky-relu-0.1": {**leaky, "negative_slope": 0.1},
+        "fc-leaky-relu-0.01": {**leaky, "negative_slope": 0.01},
+        "fc-no-normalization": fc,
+        "fc-batchnorm": {**fc, "batchnorm": True},
+        "fc-dropout-0.1-0.5": {**fc, "dropout_input": 0.1, "dropout_fc": 0.5},
+        "fc-dropout-0.1-0.1": {**fc, "dropout_input": 0.1, "dropout_fc": 0.1},
+        "fc-bp": fc,
+        "cnn-tanh": cnn,
+        "cnn-no-normalization": cnn,
+        "cnn-batchnorm": {**cnn, "batchnorm": True},
+        "cnn-dropout-0.1-0.5": {**cnn, "dropout_input": 0.1, "dropout_fc": 0.5},
+        "cnn-dropout-0.1-0.1": {**cnn, "dropout_input": 0.1, "dropout_fc": 0.1},
+        "cnn-bp": cnn,
+    }
+    plain = {"activation": "tanh", "batchnorm": False, "bottleneck": None}
+    plain |= {"dropout_input": 0, "dropout_fc": 0, "dropout_conv": 0, "negative_slope": None}
+    assert list(ROWS) == list(expected)
+    for name, row in ROWS.items():
+        network = {**plain, **expected[name], "hidden": (800, 800, 800)}
+        assert vars(row.network) == network, name
+        assert row.normalization == ("no-normalization" not in name)
+        assert not row.prealigned
+        if name.endswith("-bp"):
+            assert row.training_method == "bp"
+        else:
+            protocol = (row.training_method, row.reduction, row.learning_rate)
+            assert protocol == ("dfa", "sum", 5e-4)
+
+
+def test_the_defaults_are_the_papers():
+    options = Options("CIFAR-10", Path("data"), Path("results"))
+    assert (best_practices.DATASET, options.epochs, options.batch_size) == ("CIFAR-10", 50, 128)
+    assert options.seeds == tuple(range(10)) and options.feedback_placement == "release"
+
+
+def test_a_run_leaves_its_files_and_is_not_run_again(tmp_path):
+    command = [sys.executable, ROOT / "best_practices.py", *DIGITS, "--results-dir", tmp_path]
+    command += ["--epochs", "1", "--seeds", "0", "1", "--experiments", "fc-tanh", "fc-bp"]
+    first = subprocess.run(command, capture_output=True, text=True, check=True)
+    results = tmp_path / "best_practices"
+    files = {"config.json", "metrics.jsonl", "angles.npz", "log.txt", "state.pt"}
+    for run in ("fc-tanh/seed-0", "fc-tanh/seed-1", "fc-bp/seed-0", "fc-bp/seed-1"):
+        names = {file.name for file in (results / run).iterdir()}
+        assert names == files
+        config = json.loads((results / run / "config.json").read_text())
+        assert config["settings"]["dataset"] == "Digits" and "torch" in config["environment"]
+        assert "dfa.feedback_matrix" in torch.load(results / run / "state.pt", weights_only=True)
+    with np.load(results / "fc-tanh/seed-0/angles.npz", allow_pickle=False) as angles:
+        assert angles["act3"].shape == (1, 128) and (angles["lin4"] == 1).all()
+    table = (results / "table.md").read_text()
+    assert table in first.stdout and "fc-tanh/seed-0" in table
+
+    before = {file: file.stat().st_mtime_ns for file in results.glob("*/*/*")}
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    tables_only = subprocess.run([*command, "--tables-only"], capture_output=True, text=True)
+    assert {file: file.stat().st_mtime_ns for file in results.glob("*/*/*")} == before
+    assert again.stdout == tables_only.stdout == table + "\n"
+    assert first.stdout.count("epoch 1/1") == 4
+
+
+def test_list_prints_the_rows_and_runs_nothing(start, tmp_path):
+    code, out, _ = start(best_practices.main, "--list", "--results-dir", tmp_path / "results")
+    assert code == 0 and out.split() == list(ROWS) and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset", "CIFAR10"], "CIFAR-10"),
+        (["--experiments", "fc-tnah"], "no experiment is called 'fc-tnah'"),
+        (["--device", "tpu"], "--device must be cpu, cuda or cuda:N"),
+        (["--device", "cuda:99"], "--device cuda:99 is not there"),
+        (["--feedback-placement", "nowhere"], "every-layer"),
+        (["--epochs", "0"], "--epochs must be at least 1"),
+        (["--epochs", "many"], "--epochs"),
+        (["--batch-size", "1"], "--batch-size at least 2"),
+        (["--batch-size", "5000"], "5000"),
+        (["--seeds", "1", "1"], "--seeds takes different numbers"),
+        (["--seeds", "-1"], "--seeds"),
+        (["--nonsense"], "--nonsense"),
+    ],
+)
+def test_wrong_options_are_one_line_and_leave_nothing(start, tmp_path, arguments, message):
+    code, out, err = start(
+        best_practices.main, *DIGITS, "--results-dir", tmp_path / "results", *arguments
+    )
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert err.startswith("error: ") and message in err
+    assert not list(tmp_path.glob("results/*"))
+
+
+def test_wrong_data_and_folders_are_one_line(start, tmp_path, monkeypatch):
+    def fails(*arguments):
+        code, _, err = start(best_practices.main, "--device", "cpu", *arguments)
+        assert code == 2 and err.count("\n") == 1 and err.startswith("error: ")
+        return err
+
+    results, data = tmp_path / "results", tmp_path / "data"
+    data.mkdir()
+    (data / "cifar10.npz").write_bytes(b"PK\x03\x04 not all of it")
+    message = fails("--data-dir", data, "--results-dir", results)
+    assert str(data / "cifar10.npz") in message
+    assert (data / "cifar10.npz").read_bytes() == b"PK\x03\x04 not all of it"
+    (tmp_path / "file").write_text("mine")
+    for more in ([], ["--tables-only"]):
+        message = fails("--dataset", "Digits", "--results-dir", tmp_path / "file", *more)
+        assert "--results-dir" in message
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_with_other_settings_is_refused_and_left_as_it_is(start, tmp_path):
+    common = (*DIGITS, "--results-dir", tmp_path, "--experiments", "fc-bp", "--seeds", 0)
+    assert start(best_practices.main, *common, "--epochs", 1)[0] == 0
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    code, _, err = start(best_practices.main, *common, "--epochs", 2)
+    assert code == 2 and "epochs is 1 there, now 2" in err and err.count("\n") == 1
+    after = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    assert before == after
+
+
+def test_the_reference_numbers_are_whole():
+    for name in ("release.json", "published_bottleneck.json"):
+        runs = json.loads((ROOT / "reference" / name).read_text())["runs"]
+        for run in runs.values():
+            epochs = len(run["epochs"])
+            assert {len(run[key]) for key in ("train", "test", "mean", "std")} == {epochs}
+            assert all(0 < accuracy < 100 for accuracy in run["train"] + run["test"])
+            for row in run["mean"] + run["std"]:
+                assert len(row) == len(run["layers"]) and all(0 <= c <= 1 for c in row)
+    assert set(json.loads((ROOT / "reference/release.json").read_text())["runs"]) <= set(ROWS)
+
+
+def test_the_papers_network_learns_cifar10():
+    folder = os.environ.get("DFA_TEST_DATA_DIR")
+    if not folder or not (Path(folder) / "cifar10.npz").exists():
+        pytest.skip("DFA_TEST_DATA_DIR names no folder with cifar10.npz")
+    data = load("CIFAR-10", folder)
+    row, device = ROWS["fc-tanh"], torch.device("cpu")
+    torch.manual_seed(0)
+    model = row.network.build(data.input_shape, data.classes, reduction=row.reduction)
+    optimizer = torch.optim.SGD(model.parameters(), lr=row.learning_rate)
+    few = data.train.subset(torch.arange(128 * 60))
+    test = Loader(data.test.subset(torch.arange(2000)), 1000, device)
+    untrained, _ = evaluate(model, test)
+    train_epoch(model, Loader(few, 128, device, shuffle=True, drop_last=True), optimizer)
+    loss, accuracy = evaluate(model, test)
+    assert loss < untrained - 0.05 and accuracy > 13
