@@ -9,6 +9,7 @@ import json
 import math
 import re
 from dataclasses import dataclass, field
+from functools import partial
 
 Metrics = dict
 """A line of `metrics.jsonl`."""
@@ -81,28 +82,31 @@ def parse(data: bytes) -> tuple[list[Run], list[Skipped]]:
 
 
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-_STAMP = re.compile(r"\s*\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ?(?:-- +)?")
+_compile = partial(re.compile, flags=re.ASCII)  # no digits of other scripts
+_STAMP = _compile(r"\s*\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ?(?:-- +)?")
 
 _NUMBER = r"(-?\d+\.\d{4}|nan)"
-_SETTINGS = re.compile(r"settings (\{.*\})")
-_ALIGNMENT = re.compile(rf"alignment ([\w.]+): mean {_NUMBER} std {_NUMBER}")
-_EPOCH = re.compile(
+_SETTINGS = _compile(r"settings (\{.*\})")
+_ALIGNMENT = _compile(rf"alignment ([\w.]+): mean {_NUMBER} std {_NUMBER}")
+_EPOCH = _compile(
     rf"epoch (\d+)/\d+: train loss {_NUMBER} accuracy {_NUMBER}%, "
     rf"test loss {_NUMBER} accuracy {_NUMBER}%, (\d+\.\d{{3}}) s"
 )
 
 # The 2019 release's.
 _LOSS = r"(\d+\.\d+(?:e-\d+)?|nan|inf)"
-_SEEDING = re.compile(r"Seeding with (\d+)\.")
-_TRAINING = re.compile(
-    r"Training (.+) for (\d+) epochs on dataset (\S+) with a batch size of (\d+):"
+_SEEDING = _compile(r"Seeding with (\d+)\.")
+_TRAINING = _compile(
+    r"Training ([ -~]+) for (\d+) epochs on dataset ([\w.-]+) with a batch size of (\d+):"
 )
-_START = re.compile(r"EPOCH (\d+)/(\d+)(?:, last epoch processed in (\d+\.\d+)s)?:")
-_LAYER = re.compile(rf"(\d+)_(\w+)\(.*\) -- mean:{_NUMBER}, std:{_NUMBER}")
-_LOSSES = re.compile(
+_START = _compile(r"EPOCH (\d+)/(\d+)(?:, last epoch processed in (\d+\.\d+)s)?:")
+_LAYER = _compile(rf"(\d+)_(\w+)\(.*\) -- mean:{_NUMBER}, std:{_NUMBER}")
+_LOSSES = _compile(
     rf"Training loss: {_LOSS} \(top-1:(\d+\.\d)%\) -- "
     rf"Validation loss: {_LOSS} \(top-1:(\d+\.\d)%\)\."
 )
+_BOTTLENECK = _compile(r"with a bottlenecking rate ([01]\.\d+) initialized by (\w+)")
+_RUN_NAME = _compile(r"\w[\w.-]*/seed-\d+")
 CNN_LAYERS = (
     *("conv1", "act1", "maxp1", "conv2", "act2", "maxp2", "conv3", "act3", "maxp3"),
     *("flat", "lin1", "act4", "lin2"),
@@ -115,7 +119,9 @@ class _Reader:
     def __init__(self) -> None:
         self.runs: dict[str, Run] = {}
         self.skipped: list[Skipped] = []
-        self.run: Run | None = None
+        self.run: Run | None = None  # whose lines these are
+        self.release = False  # whether that is a run of the 2019 release
+        self.last = 0  # its last epoch so far
         self.seed = 0
         self.epoch: int | None = None  # of the 2019 release, which says it first
         self.alignment: dict = {}
@@ -135,6 +141,8 @@ class _Reader:
         ):
             if re.match(start, line):
                 match = pattern.fullmatch(line)
+                if not match and pattern in (_SETTINGS, _TRAINING):
+                    self.run = None  # of the run that begins here, not even the name is known
                 problem = take(*match.groups()) if match else "damaged line"
                 if problem:
                     self.skipped.append(Skipped(number, f"{problem}: {line[:60]}"))
@@ -143,19 +151,35 @@ class _Reader:
     def _settings(self, text: str) -> str | None:
         try:
             run = Run(json.loads(text))
-            run.name, run.settings["epochs"] + 0  # noqa: B018  the keys that are relied upon
+            intact = _RUN_NAME.fullmatch(run.name) and isinstance(run.settings["epochs"], int)
         except (ValueError, KeyError, TypeError):
+            intact = False
+        if not intact:
             self.run = None
             return "damaged settings"
-        self.run = self.runs.setdefault(run.name, run)
-        self.alignment = {}
+        self._begin(self.runs.setdefault(run.name, run), release=False)
+
+    def _begin(self, run: Run, release: bool) -> None:
+        self.run, self.release, self.last = run, release, 0
+        self.epoch, self.alignment = None, {}
+
+    def _lost(self, release: bool, epoch: int) -> bool:
+        """Whether this epoch cannot be the current run's: the line that began its run is lost.
+
+        Epochs ascend; ours may come twice, when a run was killed and gone on with.
+        """
+        if self.run is None or self.release != release or epoch < self.last:
+            self.run = None
+            return True
+        self.last = epoch
+        return False
 
     def _alignment(self, layer: str, mean: str, std: str) -> None:
         self.alignment[layer] = {"mean": _value(mean), "std": _value(std)}
 
     def _epoch(self, epoch: str, *numbers: str) -> str | None:
         alignment, self.alignment = self.alignment, {}
-        if self.run is None:
+        if self._lost(False, int(epoch)):
             return "epoch of an unknown run"
         train_loss, train_accuracy, test_loss, test_accuracy, seconds = map(_value, numbers)
         self.run.epochs[int(epoch)] = {
@@ -172,7 +196,7 @@ class _Reader:
         self.seed = int(seed)
 
     def _release_run(self, what: str, epochs: str, dataset: str, batch_size: str) -> None:
-        bottleneck = re.fullmatch(r"with a bottlenecking rate (\S+) initialized by (\w+)", what)
+        bottleneck = _BOTTLENECK.fullmatch(what)
         if bottleneck:  # the rate is what is dropped, of 800
             what = f"{bottleneck[2]}-{round(800 * (1 - float(bottleneck[1])))}"
         settings = {
@@ -187,17 +211,18 @@ class _Reader:
         while self.run.name in self.runs:
             self.run.attempt += 1
         self.runs[self.run.name] = self.run
-        self.epoch, self.alignment = None, {}
+        self._begin(self.run, release=True)
 
     def _release_epoch(self, epoch: str, _: str, seconds: str | None) -> str | None:
-        if self.run is None:
+        self.epoch = None
+        if self._lost(True, int(epoch)):
             return "epoch of an unknown run"
         self.epoch, self.alignment = int(epoch), {}
         if seconds and self.epoch - 1 in self.run.epochs:
             self.run.epochs[self.epoch - 1]["seconds"] = round(float(seconds), 3)
 
     def _release_layer(self, position: str, module: str, mean: str, std: str) -> str | None:
-        if self.run is None:
+        if self.run is None or not self.release:
             return "layer of an unknown run"
         self.structure.setdefault(self.run.name, {})[int(position)] = module
         self.alignment[int(position)] = {"mean": _value(mean), "std": _value(std)}

@@ -1,0 +1,233 @@
+"""Results out of logs: all that is intact, and a word on what is not."""
+
+import json
+import os
+import random
+import re
+from pathlib import Path
+
+import pytest
+
+import log_retrieval
+from mltools.logs import CNN_LAYERS, epoch_lines, parse
+
+STAMP = "2026-11-23 16:56:17"
+
+
+def metrics(epoch, shift=0.0):
+    return {
+        "epoch": epoch,
+        "train_loss": round(2.0 - epoch / 10 + shift, 4),
+        "train_accuracy": round(30.1234 + epoch + shift, 4),
+        "test_loss": round(2.1 - epoch / 10 + shift, 4),
+        "test_accuracy": round(29.5 + epoch + shift, 4),
+        "alignment": {
+            layer: {"mean": round(0.1 * epoch - 0.05 * i, 4), "std": 0.0123}
+            for i, layer in enumerate(("lin1", "act1"))
+        },
+        "seconds": 1.5,
+    }
+
+
+def own_log(name="fc-tanh", seed=0, epochs=5, shift=0.0):
+    settings = {"experiment": {"name": name}, "seed": seed, "epochs": epochs}
+    lines = [f"{name} seed {seed}: {epochs} epochs", f"settings {json.dumps(settings)}"]
+    for epoch in range(1, epochs + 1):
+        lines += epoch_lines(metrics(epoch, shift), epochs)
+    return "".join(f"{STAMP}  {line}\n" for line in lines).encode()
+
+
+FC = ("0_Linear(in=3072)", "1_Tanh()", "2_Bottleneck(in=800)", "3_Tanh()", "4_Linear(out=10)")
+
+
+def release_log(rate="0.8525", init="STD", epochs=4, layers=FC, seed=0):
+    """In the 2019 release's form, colours, progress and all."""
+    lines = [
+        "\x1b[33m\x1b[1mEstablishing Baselines\x1b[0m\x1b[33m",
+        f"Seeding with \x1b[1m{seed}\x1b[0m.",
+        f"Training with a bottlenecking rate {rate} initialized by {init} for {epochs} epochs "
+        "on dataset CIFAR-10 with a batch size of 128:",
+    ]
+    for epoch in range(1, epochs + 1):
+        before = f", last epoch processed in {epoch - 1}.25s" if epoch > 1 else ""
+        lines.append(f"   EPOCH {epoch}/{epochs}{before}:")
+        lines.append("       Batch 1/390 (loaded in 0.0004s, last batch forward in 0.0045s)")
+        lines += [f"{l} -- mean:0.{epoch}0{i:02}, std:0.0{i:02}1" for i, l in enumerate(layers)]
+        lines.append(
+            f"   Training loss: 0.01{epoch}5 (top-1:3{epoch}.5%) -- "
+            f"Validation loss: 0.01{epoch}0 (top-1:2{epoch}.5%)."
+        )
+    lines.append(f"Final with a bottlenecking rate {rate} initialized by {init} for {epochs} epochs")
+    return "".join(f"{STAMP} -- {line}\n" for line in lines).encode()
+
+
+def test_our_log_comes_back_exactly():
+    (run,), skipped = parse(own_log())
+    assert run.name == "fc-tanh/seed-0" and skipped == []
+    assert list(run.epochs.values()) == [metrics(epoch) for epoch in range(1, 6)]
+    assert run.settings == {"experiment": {"name": "fc-tanh"}, "seed": 0, "epochs": 5}
+
+
+def test_a_diverged_epoch_comes_back_as_null():
+    broken = {**metrics(1), "train_loss": None, "alignment": {"act1": {"mean": None, "std": None}}}
+    head = own_log(epochs=0)
+    data = head + "".join(f"{STAMP}  {line}\n" for line in epoch_lines(broken, 5)).encode()
+    (run,), _ = parse(data)
+    assert run.epochs == {1: broken}
+
+
+def test_the_releases_log_comes_back_under_our_names():
+    (run,), skipped = parse(release_log())
+    assert run.name == "std-118/seed-0" and skipped == []
+    assert run.settings["dataset"] == "CIFAR-10" and run.settings["batch_size"] == 128
+    assert list(run.epochs) == [1, 2, 3, 4]
+    third = run.epochs[3]
+    assert third["train_loss"] == pytest.approx(0.0135 * 128, abs=1e-4)
+    assert third["test_loss"] == pytest.approx(0.013 * 128, abs=1e-4)
+    assert (third["train_accuracy"], third["test_accuracy"]) == (33.5, 23.5)
+    assert list(third["alignment"]) == ["lin1", "act1", "lin2", "act2", "lin3"]
+    assert third["alignment"]["act2"] == {"mean": 0.3003, "std": 0.0031}
+    assert [run.epochs[epoch]["seconds"] for epoch in run.epochs] == [1.25, 2.25, 3.25, None]
+
+
+def test_the_names_of_the_releases_cnn_are_put_right():
+    shifted = ["0_Tanh()", "1_MaxPool2d(3)", "2_Conv2d(32)", "3_Tanh()", "4_MaxPool2d(3)"]
+    shifted += ["5_Conv2d(64)", "6_Tanh()", "7_MaxPool2d(3)", "8_Flatten()", "9_Linear(576)"]
+    shifted += ["10_Tanh()", "11_Linear(128)", "12_Linear(128)"]
+    (run,), _ = parse(release_log(layers=shifted, epochs=1))
+    assert list(run.epochs[1]["alignment"]) == list(CNN_LAYERS)
+    assert run.epochs[1]["alignment"]["flat"]["mean"] == 0.1009
+
+
+@pytest.mark.parametrize("log", [own_log, release_log])
+def test_line_ends_and_progress_do_no_harm(log):
+    (expected,), _ = parse(log())
+    noisy = log().replace(b"\n", b"\r\n")
+    noisy = noisy.replace(b"\r\n", b"\r\n 40%|####      | 2/5 [00:01<00:02]\r", 6)
+    (run,), skipped = parse(noisy)
+    assert run.epochs == expected.epochs and skipped == []
+
+
+def test_corrupt_bytes_cost_their_line_only_and_are_told():
+    data = own_log()
+    data = data.replace(b"alignment act1: mean 0.1500", b"alignment act1: mean 0.1\xff00")
+    data = data.replace(b"epoch 4/5: train", b"epoch 4/5: tr\xc3in")
+    number = 1 + data[: data.index(b"\xff")].count(b"\n")
+    (run,), skipped = parse(data)
+    assert sorted(run.epochs) == [1, 2, 3, 5]
+    assert list(run.epochs[2]["alignment"]) == ["lin1"]
+    assert run.epochs[3] == metrics(3) and run.epochs[5] == metrics(5)
+    assert number in [skip.line for skip in skipped] and len(skipped) == 3
+    assert "epoch 2 lacks the alignment of act1" in skipped[-1].reason
+
+
+def test_every_run_in_a_file_is_found():
+    data = own_log() + own_log("cnn-tanh", 3, shift=1.0) + release_log() + release_log("0.99875")
+    runs, skipped = parse(data)
+    names = ["fc-tanh/seed-0", "cnn-tanh/seed-3", "std-118/seed-0", "std-1/seed-0"]
+    assert [run.name for run in runs] == names and skipped == []
+    assert runs[1].epochs[5] == metrics(5, shift=1.0)
+
+
+def test_a_run_that_was_killed_and_gone_on_with_is_one_run():
+    lines = own_log().splitlines(keepends=True)
+    again = lines[: 2 + 3 * 3] + [b"fc-tanh seed 0: going on after epoch 2\n"] + lines[2 + 2 * 3 :]
+    (run,), skipped = parse(b"".join(again))
+    assert list(run.epochs.values()) == [metrics(epoch) for epoch in range(1, 6)]
+    assert skipped == []
+
+
+def test_a_restart_of_the_release_is_a_run_of_its_own():
+    first = release_log(epochs=4)
+    cut = first[: first.index(b"EPOCH 3/4")]
+    runs, _ = parse(cut + b"\n" + first)
+    assert [run.name for run in runs] == ["std-118/seed-0", "std-118/seed-0-attempt-2"]
+    assert [len(run.epochs) for run in runs] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("log", "end"), [(own_log, rb"epoch \d+/\d+: .*\n"), (release_log, rb"Training loss: .*\n")]
+)
+def test_a_log_cut_anywhere_keeps_every_epoch_before_the_cut(log, end):
+    data = log(epochs=12) if log is own_log else log(epochs=9)
+    whole = parse(data)[0][0].epochs
+    ends = [match.end() for match in re.finditer(end, data)]
+    assert len(ends) == len(whole)
+    dice = random.Random(0)
+    for cut in (dice.randrange(len(data)) for _ in range(200)):
+        runs, _ = parse(data[:cut])
+        complete = sum(position <= cut for position in ends)
+        found = runs[0].epochs if runs else {}
+        assert len(found) >= complete
+        for epoch in range(1, complete + 1):
+            assert found[epoch] | {"seconds": 0} == whole[epoch] | {"seconds": 0}
+
+
+@pytest.mark.parametrize(("log", "start"), [(own_log, b"settings"), (release_log, b"Training w")])
+def test_a_run_whose_first_line_is_lost_is_not_taken_for_the_one_before(log, start):
+    first = log()
+    second = log(seed=1).replace(start, b"sett\xffngs")
+    runs, skipped = parse(first + second)
+    assert [run.epochs for run in runs] == [parse(first)[0][0].epochs]
+    assert any("unknown run" in skip.reason for skip in skipped)
+
+
+def test_random_damage_never_raises():
+    dice = random.Random(1)
+    data = own_log() + release_log()
+    for _ in range(200):
+        damaged = bytearray(data)
+        for _ in range(20):
+            damaged[dice.randrange(len(damaged))] = dice.randrange(256)
+        parse(bytes(damaged))
+    assert parse(b"") == ([], [])
+
+
+def test_the_releases_own_log():
+    folder = os.environ.get("DFA_TEST_DATA_DIR", "")
+    path = Path(folder, "..", "reference", "release_log_bottleneck.txt")
+    if not folder or not path.exists():
+        pytest.skip("there is no log of the 2019 release beside DFA_TEST_DATA_DIR")
+    runs, skipped = parse(path.read_bytes())
+    assert [run.name for run in runs] == ["std-1/seed-0", "std-118/seed-0"] and skipped == []
+    assert [list(run.epochs) for run in runs] == [list(range(1, 51))] * 2
+    last = runs[1].epochs[50]
+    assert (last["train_accuracy"], last["test_accuracy"]) == (58.5, 47.6)
+    assert [last["alignment"][f"act{i}"]["mean"] for i in (1, 2, 3)] == [0.1392, 0.7557, 0.5329]
+
+
+def retrieve(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr("sys.argv", ["log_retrieval.py", *map(str, arguments)])
+    try:
+        code = log_retrieval.main()
+    except SystemExit as end:
+        code = end.code
+    return code, *capsys.readouterr()
+
+
+def test_the_command_prints_lines_or_writes_folders(tmp_path, monkeypatch, capsys):
+    log = tmp_path / "log.txt"
+    log.write_bytes(own_log() + b"2026-11-23 16:56:17  alignment act1: mean 0.")
+    code, out, err = retrieve(monkeypatch, capsys, log)
+    assert code == 0
+    assert [json.loads(line) for line in out.splitlines()] == [
+        {"run": "fc-tanh/seed-0", **metrics(epoch)} for epoch in range(1, 6)
+    ]
+    assert err.startswith(f"{log}:18: skipped, damaged line")
+
+    code, _, _ = retrieve(monkeypatch, capsys, log, "--output", tmp_path / "out")
+    lines = (tmp_path / "out/fc-tanh/seed-0/metrics.jsonl").read_text().splitlines()
+    assert code == 0 and [json.loads(line) for line in lines] == [metrics(i) for i in range(1, 6)]
+
+    (tmp_path / "out/fc-tanh/seed-0/metrics.jsonl").write_text("mine")
+    code, out, _ = retrieve(monkeypatch, capsys, log, "--output", tmp_path / "out")
+    assert code == 0 and "left as it is" in out
+    assert (tmp_path / "out/fc-tanh/seed-0/metrics.jsonl").read_text() == "mine"
+
+
+def test_the_exit_code_says_whether_anything_was_found(tmp_path, monkeypatch, capsys):
+    (tmp_path / "empty").write_text("nothing here\n")
+    assert retrieve(monkeypatch, capsys, tmp_path / "empty")[0] == 1
+    assert retrieve(monkeypatch, capsys)[0] == 2
+    code, _, err = retrieve(monkeypatch, capsys, tmp_path / "missing")
+    assert code == 2 and err.count("\n") == 1 and "missing" in err
