@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import urllib.error
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,8 @@ import pytest
 import torch
 
 import best_practices
-from mltools.data import Loader, load
-from mltools.sweep import Options
+from mltools.data import Loader, import_torchvision, load
+from mltools.sweep import Options, folder_of, settings_of
 from mltools.training import evaluate, train_epoch
 
 ROOT = Path(best_practices.__file__).parent
@@ -62,9 +63,10 @@ def test_the_defaults_are_the_papers():
     assert options.seeds == tuple(range(10)) and options.feedback_placement == "release"
 
 
-def test_a_run_leaves_its_files_and_is_not_run_again(tmp_path):
-    command = [sys.executable, ROOT / "best_practices.py", *DIGITS, "--results-dir", tmp_path]
-    command += ["--epochs", "1", "--seeds", "0", "1", "--experiments", "fc-tanh", "fc-bp"]
+def test_a_run_leaves_its_files_and_is_not_run_again(start, tmp_path):
+    options = [*DIGITS, "--results-dir", tmp_path, "--epochs", "1", "--seeds", "0", "1"]
+    options += ["--experiments", "fc-tanh", "fc-bp"]
+    command = [sys.executable, ROOT / "best_practices.py", *options]
     first = subprocess.run(command, capture_output=True, text=True, check=True)
     results = tmp_path / "best_practices"
     files = {"config.json", "metrics.jsonl", "angles.npz", "log.txt", "state.pt"}
@@ -80,10 +82,11 @@ def test_a_run_leaves_its_files_and_is_not_run_again(tmp_path):
     assert table in first.stdout and "fc-tanh/seed-0" in table
 
     before = {file: file.stat().st_mtime_ns for file in results.glob("*/*/*")}
-    again = subprocess.run(command, capture_output=True, text=True, check=True)
-    tables_only = subprocess.run([*command, "--tables-only"], capture_output=True, text=True)
-    assert {file: file.stat().st_mtime_ns for file in results.glob("*/*/*")} == before
-    assert again.stdout == tables_only.stdout == table + "\n"
+    for again in (options, [*options, "--tables-only"]):
+        (results / "table.md").unlink()
+        assert start(best_practices.main, *again)[:2] == (0, table + "\n")
+        assert (results / "table.md").read_text() == table
+        assert {file: file.stat().st_mtime_ns for file in results.glob("*/*/*")} == before
     assert first.stdout.count("epoch 1/1") == 4
 
 
@@ -106,6 +109,7 @@ def test_list_prints_the_rows_and_runs_nothing(start, tmp_path):
         (["--batch-size", "5000"], "5000"),
         (["--seeds", "1", "1"], "--seeds takes different numbers"),
         (["--seeds", "-1"], "--seeds"),
+        (["--seeds", str(2**64)], "--seeds"),
         (["--nonsense"], "--nonsense"),
     ],
 )
@@ -135,6 +139,54 @@ def test_wrong_data_and_folders_are_one_line(start, tmp_path, monkeypatch):
         message = fails("--dataset", "Digits", "--results-dir", tmp_path / "file", *more)
         assert "--results-dir" in message
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_missing_data_without_a_network_is_one_line(start, tmp_path, monkeypatch):
+    def unreachable(*arguments, **options):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(import_torchvision().datasets, "CIFAR10", unreachable)
+    folders = ("--data-dir", tmp_path / "data", "--results-dir", tmp_path / "results")
+    code, out, err = start(best_practices.main, "--device", "cpu", *folders)
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert "cannot fetch CIFAR-10" in err and "cifar10.npz" in err
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_tables_only_of_nothing_says_so(start, tmp_path):
+    code, out, _ = start(best_practices.main, "--tables-only", "--results-dir", tmp_path)
+    assert code == 0 and out.count("no finished run") == 2
+    assert out.count("10 not run") == len(ROWS)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "shown"),
+    [
+        ("fc-tanh", {"epochs": 3}, "38.80 |"),
+        ("cnn-tanh", {"epochs": 5}, "37.30 |"),
+        ("cnn-tanh", {"epochs": 6}, None),
+        ("fc-relu", {"epochs": 3}, None),
+        ("fc-tanh", {"epochs": 3, "batch_size": 64}, None),
+        ("fc-tanh", {"epochs": 3, "dataset": "CIFAR-100"}, None),
+        ("cnn-tanh", {"epochs": 5, "feedback_placement": "every-layer"}, None),
+    ],
+)
+def test_the_release_stands_beside_runs_of_its_protocol_only(tmp_path, name, options, shown):
+    options = Options(**{"dataset": "CIFAR-10", "data_dir": tmp_path, **options},
+                      results_dir=tmp_path, seeds=(0,))  # fmt: skip
+    folder = folder_of("best_practices", name, 0, options)
+    folder.start(settings_of(ROWS[name], 0, options), {})
+    accuracies = {"train_accuracy": 12.25, "test_accuracy": 12.5}
+    folder.write_metrics(
+        [{"epoch": options.epochs, "train_loss": 1.0, "test_loss": 1.0, **accuracies}]
+    )
+    (table,) = best_practices.tables([ROWS[name]], options)
+    text = table.markdown()
+    assert "12.50" in text
+    if shown:
+        assert f"| {name}, 2019 release |" in text and shown in text
+    else:
+        assert "2019" not in text
 
 
 def test_a_folder_with_other_settings_is_refused_and_left_as_it_is(start, tmp_path):

@@ -31,6 +31,15 @@ EPOCHS, BATCH = 3, 8
 WRITTEN = 6e-5  # metrics.jsonl has four decimals
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Networks as small as these only wait for a second thread on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def part(count, shape, seed):
     random_state = np.random.default_rng(seed)
     x = torch.from_numpy(random_state.integers(0, 256, (count, *shape), dtype=np.uint8))
@@ -369,6 +378,23 @@ def test_a_prealigned_run_that_goes_on_is_not_prealigned_again(tmp_path):
         run(tmp_path / "part", experiment, epoch_ended=stop)
     resumed, _ = run(tmp_path / "part", experiment)
     assert outcome(resumed) == outcome(whole)
+
+
+@pytest.mark.parametrize("damage", [b"", b"text", b"PK\x03\x04 torn", "half"])
+def test_a_damaged_checkpoint_is_one_line_that_names_the_file(tmp_path, damage):
+    def stop():
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        run(tmp_path, REGULAR_RUN, epoch_ended=stop)
+    path = tmp_path / "checkpoint.pt"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] if damage == "half" else damage)
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(UserError, match="checkpoint.pt cannot be read") as caught:
+        run(tmp_path, REGULAR_RUN)
+    assert "\n" not in str(caught.value)
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_too_large_a_batch_is_refused_before_anything_is_written(tmp_path):

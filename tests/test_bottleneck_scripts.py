@@ -1,0 +1,191 @@
+"""bottleneck.py, and the way back from its logs to the same table and figures."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bottleneck
+import bottleneck_from_log
+import log_retrieval
+from mltools import figures
+from mltools.results import RunFolder
+
+ROOT = Path(bottleneck.__file__).parent
+OUTPUTS = [
+    *(f"table.{kind}" for kind in ("md", "csv", "tex")),
+    *(f"{figure}.{kind}" for figure in ("alignment", "accuracy") for kind in ("png", "pdf")),
+]
+
+
+def test_the_rows_are_the_papers():
+    parser = bottleneck.argparse.ArgumentParser()
+    bottleneck.add_options(parser)
+    rows = bottleneck.experiments(parser.parse_args([]))
+    sizes = [1, 3, 5, 8, 11, 18, 28, 46, 73, 118, 191, 308, 496, 800]
+    names = [f"{init}-{size}" for init in ("std", "pai") for size in sizes]
+    assert [row.name for row in rows] == names
+    for row, size in zip(rows, 2 * sizes):
+        assert row.network.bottleneck == size / 800 and row.network.hidden == (800, 800, 800)
+        assert row.prealigned == row.name.startswith("pai")
+        assert (row.reduction, row.learning_rate, row.training_method) == ("sum", 5e-4, "dfa")
+    (narrow,) = bottleneck.experiments(
+        parser.parse_args(["--kind", "width", "--sizes", "18", "--init", "pai"])
+    )
+    assert narrow.name == "width-pai-18" and narrow.prealigned
+    assert narrow.network.hidden == (800, 18, 800) and narrow.network.bottleneck is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sizes", "0"], "from 1 to 800, not 0"),
+        (["--sizes", "801"], "from 1 to 800, not 801"),
+        (["--init", "zero"], "--init"),
+        (["--kind", "depth"], "--kind"),
+        (["--experiments", "std-7"], "std-7"),
+    ],
+)
+def test_wrong_options_are_one_line(start, tmp_path, arguments, message):
+    code, out, err = start(bottleneck.main, "--results-dir", tmp_path / "results", *arguments)
+    assert code == 2 and out == "" and err.count("\n") == 1 and message in err
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """A short sweep on the digits, by the command itself."""
+    results = tmp_path_factory.mktemp("results")
+    command = [sys.executable, ROOT / "bottleneck.py", "--dataset", "Digits", "--epochs", "2"]
+    command += ["--sizes", "18", "800", "--device", "cpu", "--results-dir", results]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    return results / "bottleneck", command, run.stdout
+
+
+def test_a_sweep_leaves_its_files_and_is_not_run_again(sweep):
+    folder, command, out = sweep
+    assert {path.name for path in folder.iterdir()} == {
+        *OUTPUTS, "std-18", "std-800", "pai-18", "pai-800"
+    }  # fmt: skip
+    assert (folder / "table.md").read_text() in out and "std-18/seed-0" in out
+    before = {file: file.stat().st_mtime_ns for file in folder.glob("*/*/*")}
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert {file: file.stat().st_mtime_ns for file in folder.glob("*/*/*")} == before
+    assert "epoch 1/2" in out and "epoch 1/2" not in again.stdout
+
+
+def test_lost_results_come_back_out_of_the_logs(sweep, tmp_path, monkeypatch, capsys):
+    folder = sweep[0]
+    before = {name: (folder / name).read_bytes() for name in OUTPUTS if ".pdf" not in name}
+    lines = {path: path.read_text() for path in folder.glob("*/*/metrics.jsonl")}
+    logs = [str(path) for path in folder.glob("*/*/log.txt")]
+    assert len(lines) == len(logs) == 4
+    for path in lines:
+        path.unlink()
+        path.with_name("angles.npz").unlink()
+    for name in OUTPUTS:
+        (folder / name).unlink()
+    monkeypatch.setattr("sys.argv", ["log_retrieval.py", *logs, "--output", str(folder)])
+    assert log_retrieval.main() == 0
+    monkeypatch.setattr("sys.argv", ["bottleneck_from_log.py", str(folder)])
+    assert bottleneck_from_log.main() == 0
+    assert {path: path.read_text() for path in lines} == lines
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    monkeypatch.setattr(
+        "sys.argv", ["bottleneck_from_log.py", *logs, "--output", str(tmp_path / "out")]
+    )
+    assert bottleneck_from_log.main() == 0
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in before} == before
+    assert (tmp_path / "out" / "accuracy.pdf").exists()
+
+
+def test_figures_from_logs_need_no_training_code(sweep):
+    code = (
+        "import sys; sys.argv = ['x', sys.argv[1]]; import bottleneck_from_log as b; b.main(); "
+        "assert not {'torch', 'mltools.training', 'mltools.data', 'dfatools'} & set(sys.modules)"
+    )
+    command = [sys.executable, "-c", code, sweep[0]]
+    subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+
+
+def retrieved(path, name, test, cosine, **settings):
+    folder = RunFolder(path / name / "seed-0")
+    common = {"dataset": "CIFAR-10", "epochs": 50, "batch_size": 128}
+    folder.start({**common, "feedback_placement": "release", "seed": 0, **settings}, {})
+    folder.write_metrics(
+        [
+            {
+                "epoch": 50,
+                "train_loss": 1.0,
+                "train_accuracy": test + 10,
+                "test_loss": 1.0,
+                "test_accuracy": test,
+                "alignment": {"act2": {"mean": cosine, "std": 0.03}},
+            }
+        ]
+    )
+
+
+def test_the_figures_show_our_numbers_and_the_published_ones_beside_them(tmp_path, monkeypatch):
+    retrieved(tmp_path, "std-118", 40.0, 0.7)
+    retrieved(tmp_path, "std-18", 39.0, 0.4)
+    retrieved(tmp_path, "pai-118", 41.0, 0.9, dataset="CIFAR-100")
+    shown = []
+    monkeypatch.setattr(
+        bottleneck_from_log,
+        "sweep_figure",
+        lambda series, *arguments: shown.append({one.label: one.points for one in series}),
+    )
+    table = bottleneck_from_log.write_report(bottleneck_from_log.runs_below(tmp_path), tmp_path)
+    alignment, accuracy = shown
+    assert alignment["standard init"] == {18: (0.4, 0.03), 118: (0.7, 0.03)}
+    assert alignment["standard init, published"] == {18: (0.4655, 0.0736), 118: (0.7597, 0.0361)}
+    assert alignment["pre-alignment"] == {118: (0.9, 0.03)}
+    assert alignment["pre-alignment, published"] == {}  # the settings are others
+    assert accuracy["standard init, test"] == {18: (39.0, None), 118: (40.0, None)}
+    assert accuracy["standard init, train"] == {18: (49.0, None), 118: (50.0, None)}
+    assert accuracy["standard init, train, published"] == {18: (45.3, None), 118: (58.5, None)}
+    lines = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")]
+    names = ["std-18", "std-18, published", "std-118", "std-118, published", "pai-118"]
+    assert lines == ["experiment", *names]
+
+
+def test_a_figure_draws_means_with_their_spreads_on_a_log_axis(tmp_path, monkeypatch):
+    axes = []
+    subplots = figures.plt.subplots
+
+    def spy(**options):
+        figure, one = subplots(**options)
+        axes.append(one)
+        return figure, one
+
+    monkeypatch.setattr(figures.plt, "subplots", spy)
+    series = [
+        figures.Series("ours", {118: (0.7, 0.1), 1: (0.1, None)}),
+        figures.Series("theirs", {118: (0.8, None)}, hollow=True),
+        figures.Series("nothing", {}),
+    ]
+    figures.sweep_figure(series, "title", "size", "cosine", tmp_path / "new" / "figure")
+    (drawn,) = axes
+    ours, theirs = drawn.containers
+    assert ours.lines[0].get_xydata().tolist() == [[1, 0.1], [118, 0.7]]
+    assert theirs.lines[0].get_xydata().tolist() == [[118, 0.8]]
+    (bars,) = ours.lines[2]
+    assert bars.get_segments()[1][:, 1] == pytest.approx([0.6, 0.8])
+    assert theirs.lines[0].get_linestyle() == "None" and drawn.get_xscale() == "log"
+    assert (drawn.get_xlabel(), drawn.get_ylabel()) == ("size", "cosine")
+    names = sorted(path.name for path in (tmp_path / "new").iterdir())
+    assert names == ["figure.pdf", "figure.png"]
+
+
+def test_what_is_no_sweep_is_one_line(tmp_path, monkeypatch, capsys):
+    for sources, message in (
+        ([tmp_path], "there is no run of a bottleneck"),
+        ([tmp_path / "missing", "--output", tmp_path], "missing"),
+    ):
+        monkeypatch.setattr("sys.argv", ["bottleneck_from_log.py", *map(str, sources)])
+        assert bottleneck_from_log.main() == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and message in err
+    assert list(tmp_path.iterdir()) == []
