@@ -38,9 +38,7 @@ def experiment(kind: str, init: str, size: int) -> Experiment:
     else:
         name, network = f"width-{init}-{size}", Network(hidden=(WIDTH, size, WIDTH))
     # The 2019 protocol, as in best_practices.py.
-    return Experiment(
-        name, network, prealigned=init == "pai", reduction="sum", learning_rate=5e-4
-    )
+    return Experiment(name, network, prealigned=init == "pai", reduction="sum", learning_rate=5e-4)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +71,9 @@ def experiments(arguments: argparse.Namespace) -> list[Experiment]:
         if not 1 <= size <= WIDTH:
             raise UserError(f"--sizes takes numbers from 1 to {WIDTH}, not {size}")
     return [
-        experiment(arguments.kind, init, size) for init in arguments.init for size in arguments.sizes
+        experiment(arguments.kind, init, size)
+        for init in arguments.init
+        for size in arguments.sizes
     ]
 
 

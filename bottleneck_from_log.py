@@ -66,9 +66,7 @@ def _beside(row: Row, published: list[Row]) -> list[Row]:
     return [other for other in published if other.name == f"{row.name}, published"]
 
 
-def _figures(
-    rows: list[Row], published: list[Row], prefix: str, title: str, folder: Path
-) -> None:
+def _figures(rows: list[Row], published: list[Row], prefix: str, title: str, folder: Path) -> None:
     alignment, accuracy = [], []
     for init, label in INITS.items():
         for source, source_label in ((rows, ""), (published, ", published")):
@@ -83,7 +81,9 @@ def _figures(
             alignment.append(Series(f"{label}{source_label}", cosines, **style))
             for half in ("test", "train"):
                 spreads = {size: getattr(row, half) for size, row in points}
-                accuracy.append(Series(f"{label}, {half}{source_label}", spreads, **style, half=half))
+                accuracy.append(
+                    Series(f"{label}, {half}{source_label}", spreads, **style, half=half)
+                )
     axis = "bottleneck size"
     sweep_figure(
         alignment, title, axis, "cosine at the bottleneck layer", folder / f"{prefix}alignment"

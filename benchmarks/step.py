@@ -152,7 +152,9 @@ def main() -> None:
         f"{hardware(args.device)}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads, "
         f"PyTorch {torch.__version__}, Python {platform.python_version()}"
     )
-    print(f"{'network':8} {'BP ms':>8} {'DFA ms':>8} {'DFA / BP':>8} {'quartiles':>16} {'allowed':>8}")
+    print(
+        f"{'network':8} {'BP ms':>8} {'DFA ms':>8} {'DFA / BP':>8} {'quartiles':>16} {'allowed':>8}"
+    )
     for name in args.networks:
         print(compare(name, args.device, args.steps), flush=True)
 

@@ -1,10 +1,10 @@
 """Direct Feedback Alignment for PyTorch.
 
-    feedback.py       DFALayer, DFA: one backward pass that trains every layer from the output error
-    conversion.py     dfa_from_bp: an ordinary Sequential, made into a DFA network
-    alignment.py      measure_alignment: the angle between DFA's signals and true gradients
-    prealignment.py   prealign: weights that start out aligned with the feedback
-    bottleneck.py     BottleneckLinear: a layer that lets only part of its gradients through
+feedback.py       DFALayer, DFA: one backward pass that trains every layer from the output error
+conversion.py     dfa_from_bp: an ordinary Sequential, made into a DFA network
+alignment.py      measure_alignment: the angle between DFA's signals and true gradients
+prealignment.py   prealign: weights that start out aligned with the feedback
+bottleneck.py     BottleneckLinear: a layer that lets only part of its gradients through
 """
 
 from dfatools.alignment import measure_alignment

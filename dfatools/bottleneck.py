@@ -54,7 +54,7 @@ class BottleneckLinear(nn.Linear):
 
 
 class _Thin(torch.autograd.Function):
-    """Identity; backward: keeps the gradient where the mask is 1, or a fresh mask where it is None."""
+    """Identity; backward: keeps the gradient where the mask is 1. Without a mask, one is drawn."""
 
     @staticmethod
     def forward(ctx, tensor: Tensor, layer: BottleneckLinear, mask: Tensor | None) -> Tensor:

@@ -96,7 +96,9 @@ class DFA(nn.Module):
             if layer._dfa is not None:
                 raise ValueError("a DFALayer given to DFA already belongs to another one")
         if len(set(layers)) < len(layers):
-            raise ValueError("a DFALayer is listed twice; a layer that is used twice is listed once")
+            raise ValueError(
+                "a DFALayer is listed twice; a layer that is used twice is listed once"
+            )
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction must be one of {REDUCTIONS}, not {reduction!r}")
         if not isinstance(batch_dims, int) or batch_dims < 1:

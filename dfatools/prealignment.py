@@ -16,8 +16,8 @@ def prealign(
     """Sets the weights of the Linear layers in place, from the last to the first but one.
 
     With DFA's signal S at a layer's input, (N, in), and the BP gradient G at its output, (N, out),
-    both on the given batch, W^T = S^T pinv(G^T), divided by its Frobenius norm (Section 4). Then G W,
-    what BP sends through the layer, is the least-squares approximation to the direction of S. Each
+    both on the given batch, W^T = S^T pinv(G^T), divided by its Frobenius norm (Section 4). Then
+    G W, what BP sends through the layer, is the least-squares approximation to the direction of S. Each
     layer is set before the next is measured. S is what the feedback point right before the layer
     gets, or where none stands there, what arrives there from behind. The first weight layer, and
     layers other than Linear, keep their weights; biases are kept.

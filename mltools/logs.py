@@ -255,11 +255,15 @@ class _Reader:
             for metrics in run.epochs.values():
                 alignment = metrics["alignment"].items()
                 metrics["alignment"] = {names.get(layer, layer): c for layer, c in alignment}
-            layers = list(dict.fromkeys(l for m in run.epochs.values() for l in m["alignment"]))
+            layers = dict.fromkeys(
+                layer for metrics in run.epochs.values() for layer in metrics["alignment"]
+            )
             for epoch, metrics in run.epochs.items():
                 missing = [layer for layer in layers if layer not in metrics["alignment"]]
                 if missing:
-                    reason = f"{run.name}: epoch {epoch} lacks the alignment of {', '.join(missing)}"
+                    reason = (
+                        f"{run.name}: epoch {epoch} lacks the alignment of {', '.join(missing)}"
+                    )
                     self.skipped.append(Skipped(0, reason))
         return runs, self.skipped
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+
 from mltools.errors import UserError
 from mltools.files import write_atomically
 

@@ -103,8 +103,9 @@ def parse(
     options = Options(**{**values, "seeds": tuple(arguments.seeds)})
     if options.epochs < 1 or options.batch_size < 2:
         raise UserError("--epochs must be at least 1 and --batch-size at least 2")
-    if min(options.seeds) < 0 or len(set(options.seeds)) < len(options.seeds):
-        raise UserError("--seeds takes different numbers, 0 or greater")
+    in_range = all(0 <= seed < 2**63 for seed in options.seeds)
+    if not in_range or len(set(options.seeds)) < len(options.seeds):
+        raise UserError("--seeds takes different numbers, from 0 to 2**63 - 1")
     _check_device(options.device)
     _check_writable(options.results_dir)
     chosen = [known[name] for name in known if name in (arguments.experiments or known)]

@@ -104,7 +104,7 @@ def protocols(rows: Sequence[Row]) -> str:
 
 
 def _same(settings: dict, folder: RunFolder) -> dict:
-    own = {key: value for key, value in (folder.config() or {})["settings"].items() if key != "seed"}
+    own = {key: value for key, value in folder.config()["settings"].items() if key != "seed"}
     if settings and own != settings:
         raise UserError(
             f"{folder.path} was run with other settings than the seeds before it: "

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from dfatools import measure_alignment, prealign
 from mltools.data import DataSet, Loader
 from mltools.errors import UserError
-from mltools.networks import Network
 from mltools.logs import epoch_lines
+from mltools.networks import Network
 from mltools.results import RunFolder, diverged, rounded
 
 EVALUATION_BATCH = 1000
@@ -192,7 +192,7 @@ def load_checkpoint(path: Path) -> dict | None:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for a damaged file
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} cannot be read ({reason}): move its folder away") from None
 
 

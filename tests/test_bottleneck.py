@@ -23,8 +23,10 @@ def gradients(layer, x, error):
 def layer_and_batch(keep, dtype=torch.float64, sizes=(7, 5), samples=6):
     torch.manual_seed(0)
     layer = BottleneckLinear(*sizes, keep).to(dtype)
-    return layer, torch.randn(samples, sizes[0], dtype=dtype), torch.randn(
-        samples, sizes[1], dtype=dtype
+    return (
+        layer,
+        torch.randn(samples, sizes[0], dtype=dtype),
+        torch.randn(samples, sizes[1], dtype=dtype),
     )
 
 

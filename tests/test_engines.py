@@ -21,9 +21,7 @@ def fc(**options):
 def cnn(**options):
     torch.manual_seed(0)
     blocks = nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.MaxPool2d(2), nn.Conv2d(3, 5, 3)
-    return dfa_from_bp(
-        nn.Sequential(*blocks, nn.Tanh(), nn.Flatten(), nn.Linear(20, 4)), **options
-    )
+    return dfa_from_bp(nn.Sequential(*blocks, nn.Tanh(), nn.Flatten(), nn.Linear(20, 4)), **options)
 
 
 class Recurrent(nn.Module):

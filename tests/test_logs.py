@@ -52,12 +52,14 @@ def release_log(rate="0.8525", init="STD", epochs=4, layers=FC, seed=0):
         before = f", last epoch processed in {epoch - 1}.25s" if epoch > 1 else ""
         lines.append(f"   EPOCH {epoch}/{epochs}{before}:")
         lines.append("       Batch 1/390 (loaded in 0.0004s, last batch forward in 0.0045s)")
-        lines += [f"{l} -- mean:0.{epoch}0{i:02}, std:0.0{i:02}1" for i, l in enumerate(layers)]
+        lines += [f"{x} -- mean:0.{epoch}0{i:02}, std:0.0{i:02}1" for i, x in enumerate(layers)]
         lines.append(
             f"   Training loss: 0.01{epoch}5 (top-1:3{epoch}.5%) -- "
             f"Validation loss: 0.01{epoch}0 (top-1:2{epoch}.5%)."
         )
-    lines.append(f"Final with a bottlenecking rate {rate} initialized by {init} for {epochs} epochs")
+    lines.append(
+        f"Final with a bottlenecking rate {rate} initialized by {init} for {epochs} epochs"
+    )
     return "".join(f"{STAMP} -- {line}\n" for line in lines).encode()
 
 

@@ -143,9 +143,7 @@ def test_token_layers_take_all_tokens_as_samples():
         flat(x)
     tokens.load_state_dict(flat.state_dict())
     prealign(flat, x, y, F.cross_entropy)
-    prealign(
-        tokens, x.view(3, 4, 7), y, lambda output, y: F.cross_entropy(output.flatten(0, 1), y)
-    )
+    prealign(tokens, x.view(3, 4, 7), y, lambda output, y: F.cross_entropy(output.flatten(0, 1), y))
     for a, b in zip(flat.parameters(), tokens.parameters()):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 

@@ -99,10 +99,7 @@ def test_a_torn_last_line_is_dropped_wherever_it_is_torn(folder, cut):
 def test_a_damaged_earlier_line_is_one_line_that_names_the_file(folder, line):
     path = folder.path / "metrics.jsonl"
     path.write_text("".join(f"{text}\n" for text in (json.dumps(epoch(1)), line, "{}")))
-    if line == json.dumps(epoch(2)):
-        line_number = 3
-    else:
-        line_number = 2
+    line_number = 3 if line == json.dumps(epoch(2)) else 2
     with pytest.raises(UserError, match=rf"metrics.jsonl: line {line_number} is damaged"):
         folder.metrics()
 
