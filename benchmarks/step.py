@@ -1,13 +1,13 @@
 """Times one training step of Direct Feedback Alignment against backpropagation.
 
     python benchmarks/step.py                              the three networks below
-    python benchmarks/step.py --networks fc --steps 1000
+    python benchmarks/step.py --networks fc --steps 1000 --threads 1
     python benchmarks/step.py --device cuda
 
 A step is zero_grad, forward pass, cross-entropy, backward pass, SGD update, on one random batch of
-128. The two methods take turns, in blocks of ten steps, so that whatever else the machine does
-slows both. `DFA / BP` is the median over pairs of neighbouring blocks, with the quartiles behind
-it; `allowed` is the ratio of multiply-adds in matrix products, which leaves out everything else.
+128. The two methods take turns, step by step, so that whatever else the machine does slows both.
+`DFA / BP` is the median of the ratio over pairs of neighbouring steps, with its quartiles behind;
+`allowed` is the ratio of multiply-adds in matrix products, which leaves out everything else.
 
 On 2 CPU cores (AMD EPYC, PyTorch 2.13.0), 200 steps of each (cnn: 60), one run:
 
@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dfatools import DFALayer, dfa_from_bp  # noqa: E402
 
 BATCH = 128
-BLOCK = 10  # steps that are timed together
+WARM_UP = 5  # steps
 
 
 def fc(hidden_layers: int) -> nn.Sequential:
@@ -94,14 +94,12 @@ def training_step(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], None]:
 
 
 def seconds(step: Callable[[], None], device: torch.device) -> float:
-    """The time of one step, over a block of them."""
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     synchronize()
     start = time.perf_counter()
-    for _ in range(BLOCK):
-        step()
+    step()
     synchronize()
-    return (time.perf_counter() - start) / BLOCK
+    return time.perf_counter() - start
 
 
 def compare(name: str, device: torch.device, steps: int) -> str:
@@ -113,13 +111,7 @@ def compare(name: str, device: torch.device, steps: int) -> str:
     y = torch.randint(10, (BATCH,), device=device)
     allowed = allowed_ratio(dfa, x)
     methods = [training_step(bp, x, y), training_step(dfa, x, y)]
-    for step in methods:
-        seconds(step, device)  # warm-up
-    pairs = []
-    for i in range(steps // BLOCK):
-        order = (0, 1) if i % 2 else (1, 0)
-        times = {method: seconds(methods[method], device) for method in order}
-        pairs.append((times[0], times[1]))
+    pairs = [[seconds(step, device) for step in methods] for _ in range(WARM_UP + steps)][WARM_UP:]
     bp_ms, dfa_ms = (1000 * statistics.median(column) for column in zip(*pairs))
     low, ratio, high = statistics.quantiles([dfa / bp for bp, dfa in pairs], n=4)
     return (
@@ -141,11 +133,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--threads", type=int, help="of the CPU; default: PyTorch's choice")
-    parser.add_argument("--steps", type=int, default=400, help="of each method on each network")
+    parser.add_argument("--steps", type=int, default=200, help="of each method on each network")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     args = parser.parse_args()
-    if args.steps < 2 * BLOCK:
-        parser.error(f"--steps: at least {2 * BLOCK}")
+    if args.steps < 2:
+        parser.error("--steps: at least 2")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     print(

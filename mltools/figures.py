@@ -61,7 +61,8 @@ def sweep_figure(
     axes.set_ylabel(ylabel)
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3, linewidth=0.5)
-    figure.legend(loc="outside lower center", ncols=2, fontsize=7.5, frameon=False)
+    if axes.containers:
+        figure.legend(loc="outside lower center", ncols=2, fontsize=7.5, frameon=False)
     stem.parent.mkdir(parents=True, exist_ok=True)
     for suffix in ("png", "pdf"):
         path = stem.with_name(f"{stem.name}.{suffix}")

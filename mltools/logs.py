@@ -40,7 +40,7 @@ class Run:
     settings: dict
     """As in `config.json`, as far as the log says."""
     attempt: int = 0
-    """How often the log has seen a run of these settings start before (2019 release only)."""
+    """How many runs of this experiment and seed the log holds before this one."""
     epochs: dict[int, Metrics] = field(default_factory=dict)
     """By number."""
 
@@ -48,7 +48,8 @@ class Run:
     def name(self) -> str:
         """`<experiment>/seed-<n>`, the run's place among the results."""
         again = f"-attempt-{self.attempt + 1}" if self.attempt else ""
-        return f"{self.settings['experiment']['name']}/seed-{self.settings['seed']}{again}"
+        seed = "unknown" if self.settings["seed"] is None else self.settings["seed"]
+        return f"{self.settings['experiment']['name']}/seed-{seed}{again}"
 
 
 @dataclass
@@ -74,19 +75,23 @@ def parse(data: bytes) -> tuple[list[Run], list[Skipped]]:
     # Corrupt bytes become a character that no pattern below matches.
     text = _ESCAPES.sub("", data.decode("utf-8", errors="replace"))
     reader = _Reader()
-    # A progress bar returns to the start of its line; what follows it is a line of its own.
     for number, line in enumerate(text.split("\n"), 1):
-        for part in line.split("\r"):
+        for part in _PARTS.split(line):
             reader.read(number, part)
     return reader.end()
 
 
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _compile = partial(re.compile, flags=re.ASCII)  # no digits of other scripts
-_STAMP = _compile(r"\s*\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ?(?:-- +)?")
+_TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
+_STAMP = _compile(rf"\s*{_TIME} ?(?:-- +)?")
+# A progress bar returns to the start of its line, or stands in front of what is logged next; and
+# where a process was killed within a line, the next one goes on in it.
+_PARTS = _compile(rf"\r|(?={_TIME})")
 
 _NUMBER = r"(-?\d+\.\d{4}|nan)"
-_SETTINGS = _compile(r"settings (\{.*\})")
+_HEADING = _compile(r"([\w.-]+) seed (\d+): (\d+) epochs of ([\w.-]+) on \S+")
+_SETTINGS = _compile(r"settings (\{[ -~]*\})")
 _ALIGNMENT = _compile(rf"alignment ([\w.]+): mean {_NUMBER} std {_NUMBER}")
 _EPOCH = _compile(
     rf"epoch (\d+)/\d+: train loss {_NUMBER} accuracy {_NUMBER}%, "
@@ -120,9 +125,10 @@ class _Reader:
         self.runs: dict[str, Run] = {}
         self.skipped: list[Skipped] = []
         self.run: Run | None = None  # whose lines these are
+        self.heading: Run | None = None  # ours that is announced, its settings to come
         self.release = False  # whether that is a run of the 2019 release
         self.last = 0  # its last epoch so far
-        self.seed = 0
+        self.seed: int | None = 0  # None: not legible
         self.epoch: int | None = None  # of the 2019 release, which says it first
         self.alignment: dict = {}
         self.structure: dict[str, dict[int, str]] = {}  # run: position to module, release only
@@ -130,10 +136,11 @@ class _Reader:
     def read(self, number: int, line: str) -> None:
         line = _STAMP.sub("", line, count=1).strip()
         for start, pattern, take in (
+            (r"[\w.-]+ seed \d+: \d+ epochs of ", _HEADING, self._heading),
             (r"settings \{", _SETTINGS, self._settings),
             (r"alignment ", _ALIGNMENT, self._alignment),
             (r"epoch \d", _EPOCH, self._epoch),
-            (r"Seeding with ", _SEEDING, self._release_seed),
+            (r"Seeding ", _SEEDING, self._release_seed),
             (r"Training .* epochs on ", _TRAINING, self._release_run),
             (r"EPOCH ", _START, self._release_epoch),
             (r"\d+_\w+\(", _LAYER, self._release_layer),
@@ -142,11 +149,24 @@ class _Reader:
             if re.match(start, line):
                 match = pattern.fullmatch(line)
                 if not match and pattern in (_SETTINGS, _TRAINING):
-                    self.run = None  # of the run that begins here, not even the name is known
+                    self.run = None  # another one begins here
+                if not match and pattern is _SEEDING:
+                    self.seed = None
                 problem = take(*match.groups()) if match else "damaged line"
                 if problem:
                     self.skipped.append(Skipped(number, f"{problem}: {line[:60]}"))
                 return
+
+    def _heading(self, experiment: str, seed: str, epochs: str, dataset: str) -> None:
+        settings = {
+            "experiment": {"name": experiment},
+            "seed": int(seed),
+            "dataset": dataset,
+            "epochs": int(epochs),
+            "batch_size": None,
+            "feedback_placement": None,
+        }
+        self.run, self.heading, self.alignment = None, Run(settings), {}
 
     def _settings(self, text: str) -> str | None:
         try:
@@ -157,10 +177,16 @@ class _Reader:
         if not intact:
             self.run = None
             return "damaged settings"
-        self._begin(self.runs.setdefault(run.name, run), release=False)
+        self._begin_own(run)
+
+    def _begin_own(self, run: Run) -> None:
+        """Begins a run, or goes on with that of the same settings."""
+        while (known := self.runs.setdefault(run.name, run)).settings != run.settings:
+            run.attempt += 1
+        self._begin(known, release=False)
 
     def _begin(self, run: Run, release: bool) -> None:
-        self.run, self.release, self.last = run, release, 0
+        self.run, self.release, self.last, self.heading = run, release, 0, None
         self.epoch, self.alignment = None, {}
 
     def _lost(self, release: bool, epoch: int) -> bool:
@@ -179,6 +205,9 @@ class _Reader:
 
     def _epoch(self, epoch: str, *numbers: str) -> str | None:
         alignment, self.alignment = self.alignment, {}
+        if self.run is None and self.heading:
+            self._begin_own(self.heading)
+            self.skipped.append(Skipped(0, f"{self.run.name}: its settings are lost"))
         if self._lost(False, int(epoch)):
             return "epoch of an unknown run"
         train_loss, train_accuracy, test_loss, test_accuracy, seconds = map(_value, numbers)
@@ -207,11 +236,11 @@ class _Reader:
             "batch_size": int(batch_size),
             "feedback_placement": "release",
         }
-        self.run = Run(settings)
-        while self.run.name in self.runs:
-            self.run.attempt += 1
-        self.runs[self.run.name] = self.run
-        self._begin(self.run, release=True)
+        run = Run(settings)
+        while run.name in self.runs and self.runs[run.name].epochs:
+            run.attempt += 1
+        self.runs[run.name] = run
+        self._begin(run, release=True)
 
     def _release_epoch(self, epoch: str, _: str, seconds: str | None) -> str | None:
         self.epoch = None
@@ -254,7 +283,7 @@ class _Reader:
             names = _layer_names(self.structure.get(run.name, {}))
             for metrics in run.epochs.values():
                 alignment = metrics["alignment"].items()
-                metrics["alignment"] = {names.get(layer, layer): c for layer, c in alignment}
+                metrics["alignment"] = {names.get(layer, str(layer)): c for layer, c in alignment}
             layers = dict.fromkeys(
                 layer for metrics in run.epochs.values() for layer in metrics["alignment"]
             )

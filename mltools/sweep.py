@@ -126,11 +126,13 @@ def run(script: str, experiments: Iterable[Experiment], options: Options) -> Non
             folder = folder_of(script, experiment.name, seed, options)
             settings = settings_of(experiment, seed, options)
             folder.check(settings)
-            if not folder.finished() or (folder.path / "checkpoint.pt").exists():
+            if not _complete(folder):
                 todo.append((experiment, folder, settings))
     if not todo:
         return
     data: DataSet = load(options.dataset, options.data_dir)
+    for network in {experiment.network for experiment, _, _ in todo}:
+        network.build(data.input_shape, data.classes)  # says now if the images do not fit
     epochs = sum(options.epochs - len(folder.metrics()) for _, folder, _ in todo)
     report = partial(tqdm.write, file=sys.stdout)  # above the bar
     with tqdm(total=epochs, unit="epoch", disable=None, dynamic_ncols=True) as bar:
@@ -169,6 +171,13 @@ def exit_code(main: Callable[[], None]) -> int:
     return 0
 
 
+def _complete(folder: RunFolder) -> bool:
+    """Whether nothing is left to do: the last file of a run is there, or it came out of a log."""
+    names = {path.name for path in folder.path.glob("*")}
+    ended = "state.pt" in names or "log.txt" not in names
+    return folder.finished() and ended and "checkpoint.pt" not in names
+
+
 class _Parser(argparse.ArgumentParser):
     """Complains in one line, as the scripts do of everything."""
 
@@ -197,5 +206,6 @@ def _check_writable(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(
-            f"results cannot be written to {folder} ({error.strerror}): choose another --results-dir"
+            f"results cannot be written to {folder} ({error.strerror}): "
+            "choose another --results-dir"
         ) from None

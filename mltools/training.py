@@ -72,7 +72,16 @@ def train(
     test = Loader(data.test, EVALUATION_BATCH, device)
     folder.start(settings, environment(device))
     checkpoint = load_checkpoint(folder.path / "checkpoint.pt")
-    folder.rewind(checkpoint["epoch"] if checkpoint else 0)
+    done = checkpoint["epoch"] if checkpoint else 0
+    folder.rewind(done)
+    metrics = folder.metrics()
+    if done and (not metrics or metrics[-1]["epoch"] < done):
+        raise UserError(
+            f"{folder.path}: metrics.jsonl lacks epochs before the checkpoint's, {done}: "
+            "bring them back with log_retrieval.py, or move the folder away"
+        )
+    if metrics and diverged(metrics[-1]):
+        done = epochs
 
     def log(line: str) -> None:
         folder.log(line)
@@ -100,7 +109,7 @@ def train(
             x, y = next(iter(batches))
             prealign(model, x, y, F.cross_entropy)
 
-    for epoch in range(checkpoint["epoch"] + 1 if checkpoint else 1, epochs + 1):
+    for epoch in range(done + 1, epochs + 1):
         start = time.perf_counter()
         batches.set_epoch(epoch)
         train_loss, train_accuracy = train_epoch(model, batches, optimizer)

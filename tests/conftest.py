@@ -4,10 +4,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from mltools.sweep import exit_code
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+@pytest.fixture
+def one_thread():
+    """On a busy machine, small networks only wait for the other threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

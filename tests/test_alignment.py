@@ -180,10 +180,14 @@ def test_signals_agree_with_the_gradients_of_training(build, shape):
     torch.manual_seed(0)
     model = build().double().eval()
     x, y = batch(*shape)
+    names = {module: name for name, module in model.named_modules()}
     inputs, hooks = {}, []
-    for name, module in model.named_modules():
+
+    def note(module, args, output):
+        inputs.setdefault(names[module], []).append(args[0])
+
+    for module in names:
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            note = lambda _, args, __, name=name: inputs.setdefault(name, []).append(args[0])  # noqa: E731
             hooks.append(module.register_forward_hook(note))
     F.cross_entropy(model(x), y).backward()
     for hook in hooks:

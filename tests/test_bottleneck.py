@@ -189,3 +189,60 @@ def test_prealignment_aligns_the_layer_behind_the_bottleneck():
     assert cosines["act3"].min() > 1 - 1e-9 and cosines["act2"].mean() > 0.99
     assert torch.equal(model.lin1.weight, first)
     assert torch.linalg.matrix_norm(model.lin2.weight).item() == pytest.approx(1)
+
+
+def test_masks_move_with_the_module_and_belong_to_the_state_dict():
+    layer = BottleneckLinear(4, 3, 0.5)
+    assert list(layer.state_dict()) == ["weight", "bias", "weight_mask", "bias_mask"]
+    assert len(list(layer.parameters())) == 2
+    moved = copy.deepcopy(layer).to("meta")
+    assert moved.weight_mask.is_meta and moved.bias_mask.is_meta and not layer.weight_mask.is_meta
+    assert "weight_mask" in BottleneckLinear(4, 3, 0.5, bias=False).state_dict()
+    assert "bias_mask" not in BottleneckLinear(4, 3, 0.5, bias=False).state_dict()
+
+
+def release_in_numpy(model, x, y):
+    """What reaches lin2's output in the DFA network, the true gradient there, and h0, h1, w2."""
+    (w1, b1), (w2, b2), (w3, b3), (w4, b4) = (
+        [p.detach().numpy() for p in model.get_submodule(f"lin{i}").parameters()]
+        for i in (1, 2, 3, 4)
+    )
+    h0 = x.flatten(1).numpy()
+    h1 = np.tanh(h0 @ w1.T + b1)
+    h2 = np.tanh(h1 @ w2.T + b2)
+    h3 = np.tanh(h2 @ w3.T + b3)
+    p = np.exp(h3 @ w4.T + b4)
+    error = (p / p.sum(1, keepdims=True) - np.eye(4)[y.numpy()]) / len(y)
+    matrix = model.dfa.feedback_matrix.numpy()
+    signal = error @ matrix[:, :8] / np.sqrt(4 * 8) * (1 - h2**2)
+    true = ((error @ w4) * (1 - h3**2)) @ w3 * (1 - h2**2)
+    return signal, true, h0, h1, w2
+
+
+def test_the_first_layer_learns_through_the_bottleneck():
+    model, x, y = network("release", 0.4)
+    signal, _, h0, h1, w2 = release_in_numpy(model, x, y)
+    torch.manual_seed(6)
+    F.cross_entropy(model(x), y).backward()
+    torch.manual_seed(6)
+    kept = torch.empty(5, 9, dtype=torch.float64).bernoulli_(0.4).numpy()
+    lin1, lin2 = model.lin1, model.lin2
+    assert 0 < kept.sum() < kept.size and 0 < lin2.weight_mask.sum() < 72
+    for found, expected in (
+        (lin2.weight.grad, signal.T @ h1 * lin2.weight_mask.numpy()),
+        (lin2.bias.grad, signal.sum(0) * lin2.bias_mask.numpy()),
+        (lin1.weight.grad, ((signal @ w2) * kept * (1 - h1**2)).T @ h0),
+    ):
+        np.testing.assert_allclose(found.numpy(), expected, atol=1e-12)
+
+
+def test_the_cosine_before_the_bottleneck_is_that_of_the_explicit_formula():
+    model, x, y = network("release", 0.4)
+    signal, true, _, _, w2 = release_in_numpy(model, x, y)
+    torch.manual_seed(7)
+    cosines = measure_alignment(model, x, y, F.cross_entropy)["act1"].numpy()
+    torch.manual_seed(7)
+    kept = torch.empty(5, 9, dtype=torch.float64).bernoulli_(0.4).numpy()
+    ours, theirs = (signal @ w2) * kept, true @ w2
+    norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
+    np.testing.assert_allclose(cosines, (ours * theirs).sum(1) / norms, atol=1e-12)

@@ -1,15 +1,20 @@
 """bottleneck.py, and the way back from its logs to the same table and figures."""
 
+import csv
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import bottleneck
 import bottleneck_from_log
 import log_retrieval
 from mltools import figures
+from mltools import sweep as mltools_sweep
 from mltools.results import RunFolder
 
 ROOT = Path(bottleneck.__file__).parent
@@ -42,6 +47,9 @@ def test_the_rows_are_the_papers():
     [
         (["--sizes", "0"], "from 1 to 800, not 0"),
         (["--sizes", "801"], "from 1 to 800, not 801"),
+        (["--sizes", "18", "-1"], "from 1 to 800, not -1"),
+        (["--sizes", "1.5"], "--sizes"),
+        (["--sizes"], "--sizes"),
         (["--init", "zero"], "--init"),
         (["--kind", "depth"], "--kind"),
         (["--experiments", "std-7"], "std-7"),
@@ -189,3 +197,172 @@ def test_what_is_no_sweep_is_one_line(tmp_path, monkeypatch, capsys):
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and message in err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def copied(sweep, tmp_path):
+    """A copy of the sweep that a test may change: the results folder, the script's in it."""
+    shutil.copytree(sweep[0], tmp_path / "results" / "bottleneck")
+    return tmp_path / "results", tmp_path / "results" / "bottleneck"
+
+
+def call(script, monkeypatch, capsys, *arguments):
+    """Exit code, stdout and stderr of a script whose main returns the first."""
+    monkeypatch.setattr("sys.argv", [script.__name__, *map(str, arguments)])
+    capsys.readouterr()
+    try:
+        code = script.main()
+    except SystemExit as end:
+        code = end.code
+    return code, *capsys.readouterr()
+
+
+def no_training(*arguments):
+    raise AssertionError("this trains")
+
+
+def cells_of(folder):
+    with open(folder / "table.csv", encoding="utf-8") as file:
+        return {row["experiment"]: row for row in csv.DictReader(file)}
+
+
+SWEPT = ("std-18", "std-800", "pai-18", "pai-800")
+DIGITS = ("--dataset", "Digits", "--device", "cpu", "--epochs")
+
+
+def test_each_run_is_what_its_name_says(sweep):
+    for row in SWEPT:
+        folder, (init, size) = sweep[0] / row / "seed-0", row.split("-")
+        experiment = RunFolder(folder).config()["settings"]["experiment"]
+        keep = int(size) / 800
+        assert experiment["network"]["bottleneck"] == keep
+        assert experiment["prealigned"] == (init == "pai")
+        mask = torch.load(folder / "state.pt", weights_only=True)["lin2.weight_mask"]
+        spread = (keep * (1 - keep) / mask.numel()) ** 0.5
+        assert mask.shape == (800, 800) and set(mask.unique().tolist()) <= {0.0, 1.0}
+        assert abs(mask.double().mean().item() - keep) <= 5 * spread
+
+
+def test_the_table_holds_the_last_epochs(sweep):
+    cells = cells_of(sweep[0])
+    assert tuple(cells) == SWEPT  # by initialisation and size; nothing is published for Digits
+    for row in SWEPT:
+        last = json.loads((sweep[0] / row / "seed-0/metrics.jsonl").read_text().splitlines()[-1])
+        assert float(cells[row]["test_accuracy_mean"]) == last["test_accuracy"]
+        assert float(cells[row]["train_accuracy_mean"]) == last["train_accuracy"]
+        for layer, cosine in last["alignment"].items():
+            found = [float(cells[row][f"{layer}_{part}"]) for part in ("mean", "std")]
+            assert found == [cosine["mean"], cosine["std"]]
+
+
+def test_tables_only_makes_the_report_anew_and_trains_nothing(start, copied, monkeypatch):
+    results, folder = copied
+    before = {name: (folder / name).read_bytes() for name in OUTPUTS if ".pdf" not in name}
+    for path in folder.iterdir():
+        if path.is_file():
+            path.unlink()
+    monkeypatch.setattr(mltools_sweep, "train", no_training)
+    options = (*DIGITS, "2", "--sizes", 800, 18, "--results-dir", results, "--tables-only")
+    code, out, _ = start(bottleneck.main, *options)
+    assert code == 0 and out.strip() == before["table.md"].decode().strip()
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    assert {path.name for path in folder.iterdir()} == {*SWEPT, *OUTPUTS}
+
+
+@pytest.mark.filterwarnings("error")
+def test_tables_only_without_a_run_says_so(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(mltools_sweep, "train", no_training)
+    options = ("--sizes", 18, "--init", "pai", "--results-dir", tmp_path, "--tables-only")
+    code, out, _ = start(bottleneck.main, *DIGITS, "1", *options)
+    assert code == 0 and "pai-18" in out and "1 not run" in out
+    assert not (tmp_path / "bottleneck/pai-18").exists()
+
+
+def test_a_narrow_layer_has_that_width_and_thins_nothing(start, tmp_path):
+    options = ("--kind", "width", "--sizes", 5, "--init", "std", "--results-dir", tmp_path)
+    code, _, _ = start(bottleneck.main, *DIGITS, "1", *options)
+    folder = tmp_path / "bottleneck"
+    state = torch.load(folder / "width-std-5/seed-0/state.pt", weights_only=True)
+    shapes = [tuple(state[f"lin{i}.weight"].shape) for i in (1, 2, 3, 4)]
+    assert code == 0 and shapes == [(800, 1024), (5, 800), (800, 5), (10, 800)]
+    assert not any(name.endswith("_mask") for name in state)
+    assert list(cells_of(folder)) == ["width-std-5"]
+    assert (folder / "width-alignment.png").exists() and not (folder / "alignment.png").exists()
+
+
+def test_logs_are_enough_when_the_settings_are_lost_too(copied, monkeypatch, capsys):
+    folder = copied[1]
+    before = {name: (folder / name).read_bytes() for name in OUTPUTS if ".pdf" not in name}
+    for path in folder.glob("*/*/*"):
+        if path.name != "log.txt":
+            path.unlink()
+    logs = sorted(folder.glob("*/*/log.txt"))
+    code, _, err = call(log_retrieval, monkeypatch, capsys, *logs, "--output", folder)
+    assert code == 0 and err == ""
+    code, out, err = call(bottleneck_from_log, monkeypatch, capsys, folder)
+    assert code == 0 and err == "" and out.strip() == before["table.md"].decode().strip()
+    assert {name: (folder / name).read_bytes() for name in before} == before
+
+
+def test_a_run_that_comes_from_its_folder_and_from_its_log_counts_once(copied, monkeypatch, capsys):
+    folder = copied[1]
+    before = (folder / "table.csv").read_bytes()
+    log = folder / "std-18/seed-0/log.txt"
+    assert call(bottleneck_from_log, monkeypatch, capsys, folder, log)[0] == 0
+    assert (folder / "table.csv").read_bytes() == before
+
+
+def test_logs_alone_need_an_output_and_a_run(tmp_path, monkeypatch, capsys):
+    log = tmp_path / "log.txt"
+    log.write_text("nothing here\n")
+    code, _, err = call(bottleneck_from_log, monkeypatch, capsys, log)
+    assert code == 2 and "--output" in err
+    code, _, err = call(bottleneck_from_log, monkeypatch, capsys, log, "--output", tmp_path / "out")
+    assert code == 2 and err.count("\n") == 1 and "no run of a bottleneck" in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("std-118", {"dataset": "CIFAR-100"}),
+        ("std-118", {"batch_size": 64}),
+        ("std-118", {"feedback_placement": "every-layer"}),
+        ("std-118", {"epochs": 49}),
+        ("std-117", {}),
+        ("width-std-118", {}),
+    ],
+)
+def test_nothing_published_stands_beside_another_protocol(tmp_path, name, settings):
+    retrieved(tmp_path, name, 40.0, 0.7, **settings)
+    table = bottleneck_from_log.write_report(bottleneck_from_log.runs_below(tmp_path), tmp_path)
+    assert "published" not in table and list(cells_of(tmp_path)) == [name]
+
+
+def test_the_published_numbers_are_not_in_our_means(tmp_path):
+    for seed, test in enumerate((40.0, 42.0)):
+        retrieved(tmp_path / f"{seed}", "std-118", test, 0.7)
+        (tmp_path / f"{seed}/std-118/seed-0").rename(tmp_path / f"seed-{seed}")
+    runs = {"std-118": [RunFolder(tmp_path / f"seed-{seed}") for seed in (0, 1)]}
+    bottleneck_from_log.write_report(runs, tmp_path)
+    ours, published = cells_of(tmp_path).values()
+    assert [float(ours[f"test_accuracy_{part}"]) for part in ("mean", "std")] == [
+        41, pytest.approx(2**0.5)
+    ]  # fmt: skip
+    assert (ours["seeds"], float(ours["act2_mean"])) == ("2", 0.7)
+    assert float(published["test_accuracy_mean"]) == 47.9
+    assert "act1_mean" not in published  # there it is no measure of alignment
+
+
+def test_what_is_not_finished_is_noted_and_not_drawn(tmp_path, monkeypatch):
+    retrieved(tmp_path, "std-18", 39.0, 0.4)
+    retrieved(tmp_path, "std-118", 40.0, 0.7, epochs=51)
+    shown = []
+    monkeypatch.setattr(
+        bottleneck_from_log,
+        "sweep_figure",
+        lambda series, *arguments: shown.append([one.points for one in series if one.points]),
+    )
+    bottleneck_from_log.write_report(bottleneck_from_log.runs_below(tmp_path), tmp_path)
+    assert cells_of(tmp_path)["std-118"]["note"] == "1 not run"
+    assert [list(points) for figure in shown for points in figure] == [[18]] * 6

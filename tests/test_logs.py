@@ -4,12 +4,19 @@ import json
 import os
 import random
 import re
+from dataclasses import asdict
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+import torch
 
 import log_retrieval
+from mltools.data import load
 from mltools.logs import CNN_LAYERS, epoch_lines, parse
+from mltools.networks import Network
+from mltools.results import RunFolder
+from mltools.training import Experiment, train
 
 STAMP = "2026-11-23 16:56:17"
 
@@ -233,3 +240,120 @@ def test_the_exit_code_says_whether_anything_was_found(tmp_path, monkeypatch, ca
     assert retrieve(monkeypatch, capsys)[0] == 2
     code, _, err = retrieve(monkeypatch, capsys, tmp_path / "missing")
     assert code == 2 and err.count("\n") == 1 and "missing" in err
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a short run on the digits that was killed after two epochs and gone on with."""
+    folder = RunFolder(tmp_path_factory.mktemp("results") / "tiny" / "seed-3")
+    experiment = Experiment("tiny", Network(hidden=(8, 7)), learning_rate=0.1)
+    settings = {"experiment": asdict(experiment), "seed": 3, "dataset": "Digits", "epochs": 4}
+    settings |= {"batch_size": 100, "feedback_placement": "every-layer"}
+    killed = Mock(side_effect=[None, KeyboardInterrupt])
+    arguments = experiment, load("Digits", "none"), folder, settings, torch.device("cpu"), Mock()
+    with pytest.raises(KeyboardInterrupt):
+        train(*arguments, killed)
+    train(*arguments, Mock())
+    return folder
+
+
+def test_the_log_of_a_real_run_gives_its_metrics_to_the_byte(trained, tmp_path):
+    (run,), skipped = parse((trained.path / "log.txt").read_bytes())
+    assert run.name == "tiny/seed-3" and skipped == []
+    assert list(run.epochs.values()) == trained.metrics() and len(run.epochs) == 4
+    assert log_retrieval.restore(run, tmp_path)
+    for name in ("metrics.jsonl", "config.json"):
+        ours, theirs = ((path / name).read_text() for path in (tmp_path / run.name, trained.path))
+        if name == "config.json":
+            ours, theirs = json.loads(ours)["settings"], json.loads(theirs)["settings"]
+        assert ours == theirs
+
+
+def test_a_real_log_cut_anywhere_keeps_every_epoch_before_the_cut(trained):
+    data = (trained.path / "log.txt").read_bytes()
+    ends = [match.end() for match in re.finditer(rb"epoch \d/4: .* s\n", data)]
+    dice = random.Random(2)
+    for cut in (dice.randrange(len(data)) for _ in range(200)):
+        runs, _ = parse(data[:cut])
+        found = runs[0].epochs if runs else {}
+        complete = sum(position <= cut for position in ends)
+        assert len(found) >= complete
+        assert list(found.values()) == trained.metrics()[: len(found)]
+
+
+def test_a_run_whose_settings_are_damaged_keeps_its_name_and_its_epochs(trained):
+    data = (trained.path / "log.txt").read_bytes()
+    for damage in (b'"epochs": \xff4', b'"epochs": 4, "x": "\xff"', b'"epochs": 4;'):
+        (run,), skipped = parse(data.replace(b'"epochs": 4', damage))
+        assert run.name == "tiny/seed-3" and list(run.epochs.values()) == trained.metrics()
+        known = {"seed": 3, "dataset": "Digits", "epochs": 4, "experiment": {"name": "tiny"}}
+        assert run.settings == known | {"batch_size": None, "feedback_placement": None}
+        assert "damaged" in skipped[0].reason and skipped[0].line == 2
+    (run,), skipped = parse(data.replace(b"settings", b"sett\xffngs"))
+    assert list(run.epochs.values()) == trained.metrics()
+    assert [skip.reason for skip in skipped] == ["tiny/seed-3: its settings are lost"]
+
+
+@pytest.mark.parametrize("log", [own_log, release_log])
+@pytest.mark.parametrize("bar", [b" 40%|####  | 2/5 [00:01<00:02]", b"\r 40%|####  | 2/5"])
+def test_a_progress_bar_in_front_of_a_line_does_not_hide_it(log, bar):
+    (expected,), _ = parse(log())
+    noisy = b"".join(bar + line for line in log().splitlines(keepends=True))
+    assert parse(noisy) == ([expected], [])
+
+
+def test_a_line_that_was_torn_and_written_on_costs_only_itself():
+    data = own_log()
+    torn = data[: data.index(b"epoch 3/5") + 30]
+    (first, second), skipped = parse(torn + own_log("other"))
+    assert sorted(first.epochs) == [1, 2] and [skip.line for skip in skipped] == [11]
+    assert second.name == "other/seed-0" and len(second.epochs) == 5
+
+
+def test_runs_of_one_name_and_other_settings_are_not_mixed():
+    runs, _ = parse(own_log() + own_log(epochs=3, shift=1.0) + own_log())
+    assert [run.name for run in runs] == ["fc-tanh/seed-0", "fc-tanh/seed-0-attempt-2"]
+    assert [run.settings["epochs"] for run in runs] == [5, 3]
+    assert list(runs[0].epochs.values()) == [metrics(epoch) for epoch in range(1, 6)]
+    assert list(runs[1].epochs.values()) == [metrics(epoch, 1.0) for epoch in range(1, 4)]
+
+
+def test_a_release_run_that_ended_before_its_first_epoch_counts_for_nothing():
+    whole = release_log()
+    cut = whole[: whole.index(b"4_Linear(out=10)")]
+    (run,), _ = parse(cut + b"\n" + whole)
+    assert run.name == "std-118/seed-0" and run.epochs == parse(whole)[0][0].epochs
+
+
+def test_a_seed_that_cannot_be_read_is_not_guessed():
+    second = release_log(seed=2).replace(b"Seeding with \x1b[1m2", b"Seeding with \x1b[1m\xff2")
+    runs, skipped = parse(release_log(seed=1) + second + release_log(seed=4))
+    names = ["std-118/seed-1", "std-118/seed-unknown", "std-118/seed-4"]
+    assert [run.name for run in runs] == names and runs[1].settings["seed"] is None
+    assert len(skipped) == 1 and skipped[0].reason.startswith("damaged line: Seeding")
+
+
+def test_a_cnn_of_unknown_layers_keeps_their_positions_as_names():
+    layers = ["0_Tanh()", "1_BatchNorm2d(32)", "2_MaxPool2d(3)", "3_Conv2d(32)"]
+    data = release_log(layers=layers, epochs=2)
+    at = data.index(b"2_MaxPool2d")
+    (run,), skipped = parse(data[:at] + b"\xff" + data[at:])
+    assert list(run.epochs[2]["alignment"]) == ["0", "1", "2", "3"]
+    assert skipped[-1].reason.endswith("epoch 1 lacks the alignment of 2")
+
+
+def test_several_logs_and_runs_go_where_their_names_say(tmp_path, monkeypatch, capsys):
+    first, second = tmp_path / "a.txt", tmp_path / "b.txt"
+    first.write_bytes(release_log() + release_log())
+    second.write_bytes(b"nothing\n" + own_log(seed=2))
+    code, out, err = retrieve(monkeypatch, capsys, first, second)
+    assert code == 0 and err == ""
+    runs = [json.loads(line)["run"] for line in out.splitlines()]
+    names = ["std-118/seed-0", "std-118/seed-0-attempt-2", "fc-tanh/seed-2"]
+    assert runs == [names[0]] * 4 + [names[1]] * 4 + [names[2]] * 5
+    code, out, _ = retrieve(monkeypatch, capsys, first, second, "--output", tmp_path / "out")
+    assert code == 0 and len(out.splitlines()) == 3
+    for name, epochs in zip(names, (4, 4, 5)):
+        folder = RunFolder(tmp_path / "out" / name)
+        assert len(folder.metrics()) == epochs and folder.finished()
+        assert folder.config()["environment"] == {"retrieved": True}

@@ -22,6 +22,8 @@ from mltools.networks import Network
 from mltools.results import RunFolder
 from mltools.training import Experiment, train, train_epoch
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 SMALL = Network(hidden=(8, 7, 6))
 BP = {"training_method": "bp", "learning_rate": 0.5}
@@ -29,15 +31,6 @@ DFA_SUM = {"reduction": "sum", "learning_rate": 0.02}
 REGULARISED = {"batchnorm": True, "dropout_input": 0.1, "dropout_fc": 0.5}
 EPOCHS, BATCH = 3, 8
 WRITTEN = 6e-5  # metrics.jsonl has four decimals
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Networks as small as these only wait for a second thread on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def part(count, shape, seed):
@@ -426,3 +419,33 @@ def test_an_epoch_takes_no_incomplete_batch_and_weighs_all_samples_alike():
         zeros = (y[: sum(sizes)] == 0).sum().item()  # what argmax of equal logits picks
         assert accuracy == pytest.approx(100 * zeros / sum(sizes))
         assert loss == pytest.approx(math.log(3), rel=1e-6)
+
+
+def interrupted(path, epochs):
+    """A run that was stopped after so many epochs."""
+    calls = []
+
+    def stop():
+        calls.append(None)
+        if len(calls) == epochs:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(path, Experiment("bp", SMALL, **BP), epoch_ended=stop)
+    return RunFolder(path)
+
+
+def test_metrics_that_were_lost_before_the_checkpoint_are_not_trained_over(tmp_path):
+    folder = interrupted(tmp_path / "run", 2)
+    folder.rewind(1)
+    with pytest.raises(UserError, match="metrics.jsonl lacks epochs before the checkpoint's, 2"):
+        run(tmp_path / "run", Experiment("bp", SMALL, **BP))
+    assert len(folder.metrics()) == 1
+
+
+def test_a_diverged_run_that_was_killed_before_its_end_does_not_train_on(tmp_path):
+    folder = interrupted(tmp_path / "run", 2)
+    first, second = folder.metrics()
+    folder.write_metrics([first, {**second, "train_loss": None}])
+    run(tmp_path / "run", Experiment("bp", SMALL, **BP))
+    assert len(folder.metrics()) == 2 and (folder.path / "state.pt").exists()
