@@ -9,12 +9,15 @@ A step is zero_grad, forward pass, cross-entropy, backward pass, SGD update, on 
 `DFA / BP` is the median of the ratio over pairs of neighbouring steps, with its quartiles behind;
 `allowed` is the ratio of multiply-adds in matrix products, which leaves out everything else.
 
-On 2 CPU cores (AMD EPYC, PyTorch 2.13.0), 200 steps of each (cnn: 60), one run:
+On 2 CPU cores of an AMD EPYC, PyTorch 2.13.0, 2 threads, medians of three or four quiet runs (60
+steps for `cnn`, 100 for the others):
 
-    network     BP ms   DFA ms DFA / BP        quartiles  allowed
-    fc          13.77    12.40    0.897 (0.885 to 0.917)    0.854
-    cnn         65.24    58.37    0.897 (0.867 to 0.912)    0.698
-    deep        34.21    26.76    0.781 (0.773 to 0.791)    0.741
+    network     BP ms   DFA ms DFA / BP  allowed
+    fc           14.0     12.6     0.90    0.854
+    cnn          69.8     62.6     0.89    0.698
+    deep         34.3     26.9     0.79    0.741
+
+In the CNN, max-pooling and Tanh, which both methods need, take about half of the time.
 """
 
 import argparse

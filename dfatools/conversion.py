@@ -32,7 +32,8 @@ def dfa_from_bp(model: nn.Sequential, **dfa_options) -> nn.Sequential:
 
     Raises:
         TypeError: `model` is no Sequential, or one with a forward of its own.
-        ValueError: it has fewer than two weight layers, or feedback points already.
+        ValueError: it has fewer than two weight layers, feedback points already, or a module that
+            is called `dfa`.
     """
     if not _is_plain(model):
         raise TypeError(
@@ -41,6 +42,8 @@ def dfa_from_bp(model: nn.Sequential, **dfa_options) -> nn.Sequential:
         )
     if any(isinstance(module, (DFALayer, DFA)) for module in model.modules()):
         raise ValueError("this model has feedback points already")
+    if "dfa" in model._modules:
+        raise ValueError("a module of this model is called dfa, the name of the one to be added")
     layers: list[DFALayer] = []
     converted = _with_points(copy.deepcopy(model), layers, first=True)
     if not layers:

@@ -28,6 +28,9 @@ class DFALayer(nn.Module):
     It learns which `DFA` it belongs to when it is given to one. Called several times in one
     forward pass (shared weights, recurrence), it feeds back at each call.
 
+    A forward pass that raises halfway is forgotten if a module that holds the `DFA` ran it. Where
+    layers and `DFA` are called from plain code, nothing tells its remains from the next pass.
+
     Shapes: any `(*batch, *features)`, unchanged, with as many batch dimensions as its `DFA` says.
     """
 
@@ -41,7 +44,7 @@ class DFALayer(nn.Module):
         """Raises RuntimeError where no `DFA` owns this layer."""
         if self._dfa is None:
             raise RuntimeError(
-                "this DFALayer belongs to no DFA: list it in the DFA at the output, DFA([layer, ...])"
+                "this DFALayer belongs to no DFA: list it in that at the output, DFA([layer, ...])"
             )
         return self._dfa._cut(self._index, hidden)
 
@@ -227,7 +230,7 @@ class DFA(nn.Module):
         """Makes the feedback matrix if there is none, and checks it against the output."""
         if output.dim() < self.batch_dims:
             raise ValueError(
-                f"DFA with batch_dims={self.batch_dims} got an output of shape {tuple(output.shape)}"
+                f"with batch_dims={self.batch_dims}, DFA got an output of {tuple(output.shape)}"
             )
         features = output.shape[self.batch_dims :].numel()
         if self.feedback_matrix is None:

@@ -159,3 +159,11 @@ def test_a_state_dict_of_the_original_loads():
 def test_errors(model, error, message):
     with pytest.raises(error, match=message):
         dfa_from_bp(model)
+
+
+def test_a_module_called_dfa_is_not_written_over():
+    model = nn.Sequential()
+    for name, module in (("dfa", nn.Linear(3, 3)), ("last", nn.Linear(3, 2))):
+        model.add_module(name, module)
+    with pytest.raises(ValueError, match="called dfa"):
+        dfa_from_bp(model)

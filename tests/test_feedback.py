@@ -79,7 +79,7 @@ def arrays(model):
 
 
 def expected_gradients(model, x, y, normalization=True, reduction="mean"):
-    """Of an `fc` network: dW_i = ((e B_i) * tanh')^T h_(i-1), and the last layer's true gradient."""
+    """Of an `fc` network: dW_i = ((e B_i) * tanh')^T h_(i-1), the last layer's true."""
     x, y = x.numpy(), y.numpy()
     weights = arrays(model)
     hidden = [x]
