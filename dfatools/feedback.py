@@ -230,7 +230,8 @@ class DFA(nn.Module):
         """Makes the feedback matrix if there is none, and checks it against the output."""
         if output.dim() < self.batch_dims:
             raise ValueError(
-                f"with batch_dims={self.batch_dims}, DFA got an output of {tuple(output.shape)}"
+                f"DFA with batch_dims={self.batch_dims} got an output of shape "
+                f"{tuple(output.shape)}"
             )
         features = output.shape[self.batch_dims :].numel()
         if self.feedback_matrix is None:
