@@ -98,7 +98,7 @@ def probe(model: nn.Module, x: Tensor, y: Tensor, loss: Callable) -> dict[str, l
         elif not any(module.children()):
             hooks.append(module.register_forward_hook(note(name)))
     try:
-        with _undisturbed(model, dfa, x.device), torch.enable_grad():
+        with _undisturbed(model, dfa, bottlenecks, x.device), torch.enable_grad():
             value = loss(model(x), y)
             tensors = [output for _, _, output in calls]
             for bottleneck in bottlenecks:
@@ -131,8 +131,12 @@ def probe(model: nn.Module, x: Tensor, y: Tensor, loss: Callable) -> dict[str, l
 
 
 @contextmanager
-def _undisturbed(model: nn.Module, dfa: DFA, device: torch.device):
+def _undisturbed(
+    model: nn.Module, dfa: DFA, bottlenecks: list[BottleneckLinear], device: torch.device
+):
     """Eval mode, nothing cut; afterwards everything is as it was, the random state too."""
+    generators = {layer.input_generator for layer in bottlenecks} - {None}
+    states = [(generator, generator.get_state()) for generator in generators]
     modes = {module: module.training for module in model.modules()}
     method = dfa.training_method
     devices = [device] if device.type == "cuda" else []
@@ -144,3 +148,5 @@ def _undisturbed(model: nn.Module, dfa: DFA, device: torch.device):
             dfa.training_method = method
             for module, mode in modes.items():
                 module.training = mode
+            for generator, state in states:
+                generator.set_state(state)

@@ -10,15 +10,16 @@ class BottleneckLinear(nn.Linear):
 
     The forward pass is that of `nn.Linear`. Which entries of the weight's and the bias's gradient
     are kept is drawn once; the masks are buffers. Of the gradient with respect to the input, the
-    entries, one for each sample and feature, are drawn anew in each backward pass, from the
-    device's default generator.
+    entries, one for each sample and feature, are drawn anew in each backward pass.
 
     Args:
         in_features, out_features, bias: as for `nn.Linear`.
         keep: the probability, in 0..1.
-        generator: draws the masks, on the CPU; the default one if None.
+        generator: draws the masks that are buffers, on the CPU; the default one if None.
 
     Attributes:
+        input_generator: draws what is kept of the gradient with respect to the input, on that
+            tensor's device; the device's default one if None.
         thinning: False lets everything through, as `measure_alignment` does for the true gradient.
 
     Raises ValueError for a `keep` outside 0..1.
@@ -37,6 +38,7 @@ class BottleneckLinear(nn.Linear):
             raise ValueError(f"keep is a probability, from 0 to 1, not {keep}")
         self.keep = keep
         self.thinning = True
+        self.input_generator: torch.Generator | None = None
         for name, parameter in (("weight", self.weight), ("bias", self.bias)):
             mask = None
             if parameter is not None:
@@ -67,5 +69,6 @@ class _Thin(torch.autograd.Function):
             return gradient, None, None
         mask = ctx.mask
         if mask is None:
-            mask = torch.empty_like(gradient).bernoulli_(ctx.layer.keep)
+            mask = torch.empty_like(gradient)
+            mask.bernoulli_(ctx.layer.keep, generator=ctx.layer.input_generator)
         return gradient * mask, None, None

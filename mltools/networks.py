@@ -7,6 +7,7 @@ from torch import nn
 
 from dfatools import DFA, BottleneckLinear, DFALayer
 from mltools.errors import UserError
+from mltools.layers import ChannelDropout, Dropout, Linear
 
 ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "leaky-relu": nn.LeakyReLU}
 PLACEMENTS = ("release", "every-layer")
@@ -84,13 +85,13 @@ class Network:
     def _fc(self, input_shape: tuple[int, int, int], classes: int) -> list[dict]:
         sizes = [torch.Size(input_shape).numel(), *self.hidden]
         blocks = [
-            {f"lin{i}": nn.Linear(sizes[i - 1], sizes[i]), **self._hidden(i, sizes[i])}
+            {f"lin{i}": Linear(sizes[i - 1], sizes[i]), **self._hidden(i, sizes[i])}
             for i in range(1, len(sizes))
         ]
         if self.bottleneck is not None:
             blocks[1]["lin2"] = BottleneckLinear(sizes[1], sizes[2], self.bottleneck)
         blocks[0] = {"flat": nn.Flatten(), "drop0": _dropout(self.dropout_input), **blocks[0]}
-        return [*blocks, {f"lin{len(sizes)}": nn.Linear(sizes[-1], classes)}]
+        return [*blocks, {f"lin{len(sizes)}": Linear(sizes[-1], classes)}]
 
     def _cnn(self, input_shape: tuple[int, int, int], classes: int) -> list[dict]:
         channels, *image = input_shape
@@ -105,17 +106,17 @@ class Network:
         blocks = [
             {
                 f"conv{i}": nn.Conv2d(sizes[i - 1], sizes[i], kernel_size=5, padding=2),
-                f"drop{i}": _dropout(self.dropout_conv, nn.Dropout2d),
+                f"drop{i}": _dropout(self.dropout_conv, ChannelDropout),
                 f"act{i}": self._activation(),
                 f"bn{i}": nn.BatchNorm2d(sizes[i]) if self.batchnorm else None,
                 f"maxp{i}": nn.MaxPool2d(kernel_size=3, stride=2),
             }
             for i in range(1, len(sizes))
         ]
-        blocks[0] = {"drop0": _dropout(self.dropout_input, nn.Dropout2d), **blocks[0]}
+        blocks[0] = {"drop0": _dropout(self.dropout_input, ChannelDropout), **blocks[0]}
         features = sizes[-1] * image[0] * image[1]
-        hidden = {"flat": nn.Flatten(), "lin1": nn.Linear(features, 128), **self._hidden(4, 128)}
-        return [*blocks, hidden, {"lin2": nn.Linear(128, classes)}]
+        hidden = {"flat": nn.Flatten(), "lin1": Linear(features, 128), **self._hidden(4, 128)}
+        return [*blocks, hidden, {"lin2": Linear(128, classes)}]
 
     def _hidden(self, i: int, size: int) -> dict:
         """What follows the i-th hidden Linear."""
@@ -130,5 +131,5 @@ class Network:
         return ACTIVATIONS[self.activation](**slope)
 
 
-def _dropout(probability: float, kind: type[nn.Module] = nn.Dropout) -> nn.Module | None:
+def _dropout(probability: float, kind: type[Dropout] = Dropout) -> Dropout | None:
     return kind(probability) if probability > 0 else None

@@ -9,6 +9,7 @@ from torch import nn
 
 from dfatools import DFA, BottleneckLinear, DFALayer
 from mltools.errors import UserError
+from mltools.layers import ChannelDropout, Dropout, Linear
 from mltools.networks import ACTIVATIONS, Network
 
 CIFAR = (3, 32, 32)
@@ -91,7 +92,7 @@ def test_the_release_has_no_point_before_a_bottleneck():
     assert names(every) == "flat lin1 act1 point1 lin2 act2 point2 lin3 act3 point3 lin4 dfa"
     for model in (release, every):
         linears = [m for m in model if isinstance(m, nn.Linear)]
-        assert [type(m) for m in linears] == [nn.Linear, BottleneckLinear, nn.Linear, nn.Linear]
+        assert [type(m) for m in linears] == [Linear, BottleneckLinear, Linear, Linear]
         assert model.lin2.keep == 0.25
         assert (model.lin2.in_features, model.lin2.out_features) == (7, 6)
 
@@ -109,13 +110,13 @@ def test_each_option_makes_the_right_kind_of_module():
     fc = replace(FC, **EVERYTHING).build(CIFAR, 10)
     cnn = replace(CNN, **EVERYTHING).build(CIFAR, 10)
     for model, name, kind, p in [
-        (fc, "drop0", nn.Dropout, 0.1),
-        (fc, "drop1", nn.Dropout, 0.5),
-        (fc, "drop3", nn.Dropout, 0.5),
-        (cnn, "drop0", nn.Dropout2d, 0.1),
-        (cnn, "drop1", nn.Dropout2d, 0.2),
-        (cnn, "drop3", nn.Dropout2d, 0.2),
-        (cnn, "drop4", nn.Dropout, 0.5),
+        (fc, "drop0", Dropout, 0.1),
+        (fc, "drop1", Dropout, 0.5),
+        (fc, "drop3", Dropout, 0.5),
+        (cnn, "drop0", ChannelDropout, 0.1),
+        (cnn, "drop1", ChannelDropout, 0.2),
+        (cnn, "drop3", ChannelDropout, 0.2),
+        (cnn, "drop4", Dropout, 0.5),
     ]:
         module = model.get_submodule(name)
         assert type(module) is kind and module.p == p, name
