@@ -1,11 +1,12 @@
 """Image classification data sets, normalised once and kept on the device.
 
     data = load("CIFAR-10", "data")
-    batches = Loader(data.train, 128, "cuda", shuffle=True, drop_last=True, seed=0)
+    batches = TrainingLoader(data.train, 128, "cuda", seed=0)
     for epoch in range(50):
-        batches.set_epoch(epoch)
-        for x, y in batches:  # float32 [N, C, H, W] and int64 [N], on the device
+        for x, y in batches.epoch(epoch):  # float32 [N, C, H, W] and int64 [N], on the device
             ...
+    for x, y in Loader(data.test, 1000, "cuda"):
+        ...
 
 `<data_dir>/<name>.npz`, the name in lower case without dashes (`cifar10.npz`), is the data set,
 wherever it came from: uint8 arrays `x_train`, `y_train`, `x_test`, `y_test`, images [N, H, W, C],
@@ -158,85 +159,103 @@ class DataSet:
 
 
 class Loader:
-    """Batches of one part on one device: float32 [N, C, H, W] and int64 [N].
+    """The samples of a part in order, in batches on one device, the last one maybe smaller.
 
-    The part is kept whole on the device where it fits (batches are views of it where not
-    shuffled: do not write to them), and streamed through worker processes where not. Both give
-    the same batches.
+    Iterating gives float32 [N, C, H, W] and int64 [N]. The part is kept whole on the device where
+    it fits (batches are views of it: do not write to them), and streamed through worker processes
+    where not. Both give the same batches.
 
-    The order depends on `seed` and the epoch alone, on every device, so that a resumed run sees
-    what the first would have seen. Call `set_epoch` before each epoch, as with PyTorch's
-    `DistributedSampler`: without it every pass has the order of epoch 0. The global random state
-    is neither read nor changed.
+    Raises:
+        UserError: if `batch_size` is below 1.
+    """
+
+    def __init__(self, part: Part, batch_size: int, device: torch.device | str):
+        _check_batch_size(batch_size)
+        self.part = part
+        self.batch_size = batch_size
+        self.device = _indexed(device)
+        self._resident = part.resident(self.device)
+
+    def __len__(self) -> int:
+        return -(-len(self.part) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self._resident is None:
+            return _stream(self.part, self.batch_size, self.device)
+        return zip(*(tensor.split(self.batch_size) for tensor in self._resident))
+
+
+class TrainingLoader:
+    """Shuffled full batches of a part on one device; what does not fill a batch is left out.
+
+    As `Loader`, it streams what does not fit on the device. The order depends on `seed` and the
+    epoch alone, on every device, so that a resumed run sees what the first would have seen. The
+    global random state is neither read nor changed.
+
+    Where the part is kept on the device, so are the order and the position in it: `take` then asks
+    nothing of the host, and can be recorded in a CUDA graph.
 
     Args:
         seed: zero or more.
+
+    Attributes:
+        resident: whether the part is kept on the device.
 
     Raises:
         UserError: if `batch_size` is below 1, or leaves no batch at all.
     """
 
-    def __init__(
-        self,
-        part: Part,
-        batch_size: int,
-        device: torch.device | str,
-        shuffle: bool = False,
-        drop_last: bool = False,
-        seed: int = 0,
-    ):
-        if batch_size < 1:
-            raise UserError(f"the batch size is {batch_size}; it must be 1 or more")
-        if drop_last and batch_size > len(part):
+    def __init__(self, part: Part, batch_size: int, device: torch.device | str, seed: int = 0):
+        _check_batch_size(batch_size)
+        if batch_size > len(part):
             raise UserError(
                 f"a batch size of {batch_size} leaves no full batch of {len(part)} images; "
                 "choose a smaller one"
             )
         self.part = part
         self.batch_size = batch_size
-        self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
-        self.shuffle = shuffle
-        self.drop_last = drop_last
+        self.device = _indexed(device)
         self.seed = seed
-        self.epoch = 0
         self._resident = part.resident(self.device)
+        self._streamed: Iterator[tuple[Tensor, Tensor]] = iter(())
+        self._order = torch.zeros(len(self) * batch_size, dtype=torch.int64, device=self.device)
+        self._batch = torch.arange(batch_size, device=self.device)  # places in the order
 
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the order of the next pass (from 0 up)."""
-        self.epoch = epoch
+    @property
+    def resident(self) -> bool:
+        return self._resident is not None
 
     def __len__(self) -> int:
-        full, rest = divmod(len(self.part), self.batch_size)
-        return full if self.drop_last or not rest else full + 1
+        return len(self.part) // self.batch_size
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = _permutation(len(self.part), self.seed, self.epoch) if self.shuffle else None
-        return self._stream(order) if self._resident is None else self._slice(order)
+    def begin(self, epoch: int, batch: int = 0) -> None:
+        """Makes `take` give the batches of an epoch (from 0 up), from the given one on."""
+        order = _permutation(len(self.part), self.seed, epoch)[: len(self._order)]
+        start = batch * self.batch_size
+        if self.resident:
+            self._order.copy_(order)
+            torch.arange(start, start + self.batch_size, out=self._batch)
+        else:
+            self._streamed = _stream(self.part, self.batch_size, self.device, order[start:])
 
-    def _slice(self, order: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+    def take(self) -> tuple[Tensor, Tensor]:
+        """The next batch of the epoch; at most `len(self)` of them."""
+        if self._resident is None:
+            return next(self._streamed)
+        index = self._order[self._batch]
+        self._batch += self.batch_size
         x, y = self._resident
-        if order is not None:
-            order = order.to(self.device)
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
-            batch = slice(start, start + self.batch_size)
-            if order is not None:
-                batch = order[batch]
-            yield x[batch], y[batch]
+        return x[index], y[index]
 
-    def _stream(self, order: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-        mean, std = self.part.constants(self.device)
-        batches = DataLoader(
-            self.part.dataset,
-            self.batch_size,
-            sampler=None if order is None else order.tolist(),
-            num_workers=_workers(),
-            pin_memory=self.device.type == "cuda",
-            drop_last=self.drop_last,
-            generator=torch.Generator(),  # else it draws from the global random state
-        )
-        for x, y in batches:
-            x = x.to(self.device, non_blocking=True)
-            yield _normalise(x, mean, std), y.to(self.device, non_blocking=True)
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """All batches of an epoch."""
+        self.begin(epoch)
+        for _ in range(len(self)):
+            yield self.take()
+
+    def state(self) -> list[Tensor]:
+        """The tensors that `take` changes."""
+        return [self._batch]
 
 
 def load(name: str, data_dir: str | os.PathLike) -> DataSet:
@@ -312,6 +331,34 @@ def import_torchvision() -> ModuleType:
         torch.library.define("torchvision::qnms", f"({boxes}, float iou_threshold) -> Tensor")
         import torchvision
     return torchvision
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise UserError(f"the batch size is {batch_size}; it must be 1 or more")
+
+
+def _indexed(device: torch.device | str) -> torch.device:
+    """`"cuda"` becomes `cuda:0`, or whichever is current."""
+    return torch.empty(0, device=device).device
+
+
+def _stream(
+    part: Part, batch_size: int, device: torch.device, order: Tensor | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of the samples at `order` (all of them if None), read by worker processes."""
+    mean, std = part.constants(device)
+    batches = DataLoader(
+        part.dataset,
+        batch_size,
+        sampler=None if order is None else order.tolist(),
+        num_workers=_workers(),
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # else it draws from the global random state
+    )
+    for x, y in batches:
+        x = x.to(device, non_blocking=True)
+        yield _normalise(x, mean, std), y.to(device, non_blocking=True)
 
 
 def _stem(name: str) -> str:

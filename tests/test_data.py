@@ -17,7 +17,7 @@ from PIL import Image
 from torch.utils.data import TensorDataset
 
 from mltools import data
-from mltools.data import DATASETS, DataSet, Loader, Part, load
+from mltools.data import DATASETS, DataSet, Loader, Part, TrainingLoader, load
 from mltools.errors import UserError
 
 CIFAR = DATASETS["CIFAR-10"]
@@ -469,49 +469,68 @@ def test_a_split_with_an_empty_part(fraction):
 # Loaders
 
 
+def values(x):
+    """The pixel value that every image of `part` is made of, which is its label."""
+    return ((x[:, 0, 0, 0] * CIFAR.std[0] + CIFAR.mean[0]) * 255).round().long()
+
+
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("shuffle", [False, True])
-@pytest.mark.parametrize("batch_size, drop_last, sizes", [
-    (10, False, [10, 10, 3]),
-    (10, True, [10, 10]),
-    (23, True, [23]),
-    (50, False, [23]),
-])  # fmt: skip
-def test_batch_sizes(device, shuffle, batch_size, drop_last, sizes):
-    loader = Loader(part(), batch_size, device, shuffle, drop_last)
+@pytest.mark.parametrize("batch_size, sizes", [(10, [10, 10, 3]), (23, [23]), (50, [23])])
+def test_batch_sizes_in_order(device, batch_size, sizes):
+    loader = Loader(part(), batch_size, device)
     batches = list(loader)
     assert [len(y) for _, y in batches] == sizes and len(loader) == len(sizes)
     for x, y in batches:
         assert x.shape[1:] == (3, 4, 5) and x.device == y.device == loader.device
-        value = (x[:, 0, 0, 0] * CIFAR.std[0] + CIFAR.mean[0]) * 255
-        assert torch.equal(value.round().long(), y)
+        assert torch.equal(values(x), y)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("batch_size, count", [(10, 2), (11, 2), (12, 1), (23, 1)])
+def test_training_batches_are_full(device, batch_size, count):
+    loader = TrainingLoader(part(), batch_size, device)
+    batches = list(loader.epoch(0))
+    assert [len(y) for _, y in batches] == [batch_size] * count and len(loader) == count
+    for x, y in batches:
+        assert x.shape[1:] == (3, 4, 5) and x.device == y.device == loader.device
+        assert torch.equal(values(x), y)
 
 
 def test_the_order_depends_on_seed_and_epoch_alone():
-    loaders = [Loader(part(200), 16, "cpu", shuffle=True, seed=seed) for seed in range(3)]
+    loaders = [TrainingLoader(part(200), 20, "cpu", seed) for seed in range(3)]
     seen = Counter()
     for loader in loaders:
         for epoch in range(3):
-            loader.set_epoch(epoch)
             torch.rand(epoch + 1)
-            first = order(loader)
-            assert first == order(loader) and sorted(first) == list(range(200))
+            first = order(loader.epoch(epoch))
+            assert first == order(loader.epoch(epoch)) and sorted(first) == list(range(200))
             seen[tuple(first)] += 1
     assert len(seen) == 9
-    resumed = Loader(part(200), 16, "cpu", shuffle=True, seed=2)
-    resumed.set_epoch(2)
-    assert order(resumed) == first
+    assert order(TrainingLoader(part(200), 20, "cpu", 2).epoch(2)) == first
 
 
 def test_the_order_is_that_of_the_mixed_seed():
     seed = int(np.random.SeedSequence([5, 7]).generate_state(1)[0])
     expected = torch.randperm(23, generator=torch.Generator().manual_seed(seed))
-    loader = Loader(part(), 4, "cpu", shuffle=True, seed=5)
-    loader.set_epoch(7)
-    assert order(loader) == expected.tolist()
+    assert order(TrainingLoader(part(), 4, "cpu", 5).epoch(7)) == expected.tolist()[:20]
 
 
-def test_an_unshuffled_pass_is_in_order_and_copies_nothing():
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("resident", [True, False])
+def test_an_epoch_is_taken_up_at_any_batch(device, resident, monkeypatch):
+    monkeypatch.setattr(data, "fits", lambda size, device: resident)
+    monkeypatch.setattr(data, "_workers", lambda: 1)
+    loader = TrainingLoader(part(), 4, device, 3)
+    assert loader.resident == resident and len(loader) == 5
+    whole = list(loader.epoch(6))
+    for start in range(5):
+        loader.begin(6, start)
+        for x, y in whole[start:]:
+            again_x, again_y = loader.take()
+            assert torch.equal(again_x, x) and torch.equal(again_y, y)
+
+
+def test_a_pass_in_order_copies_nothing():
     loader = Loader(part(), 5, "cpu")
     assert order(loader) == list(range(23))
     whole = loader.part.resident(loader.device)
@@ -523,48 +542,52 @@ def test_an_unshuffled_pass_is_in_order_and_copies_nothing():
 @pytest.mark.parametrize("device", DEVICES)
 def test_loaders_of_one_part_share_its_tensors(device):
     shared = part()
-    loaders = [Loader(shared, 5, device, seed=seed) for seed in range(3)]
+    loaders = [Loader(shared, 5, device) for _ in range(3)]
     pointers = {next(iter(loader))[0].data_ptr() for loader in loaders}
     assert len(pointers) == 1
     assert pointers != {next(iter(Loader(part(), 5, device)))[0].data_ptr()}
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("shuffle, drop_last", [(False, False), (True, True)])
-def test_streaming_gives_the_same_batches(device, shuffle, drop_last, streaming, monkeypatch):
-    streamed = Loader(part(), 10, device, shuffle, drop_last, seed=4)
+@pytest.mark.parametrize("epoch", [None, 0, 1], ids=["in-order", "epoch-0", "epoch-1"])
+def test_streaming_gives_the_same_batches(device, epoch, streaming, monkeypatch):
+    def loader():
+        return Loader(part(), 10, device) if epoch is None else TrainingLoader(part(), 10, device, 4)
+
+    streamed = loader()
     monkeypatch.setattr(data, "fits", lambda size, device: True)
-    resident = Loader(part(), 10, device, shuffle, drop_last, seed=4)
+    resident = loader()
     assert streamed._resident is None and resident._resident is not None
     assert len(streamed) == len(resident)
-    for epoch in (0, 1):
-        streamed.set_epoch(epoch)
-        resident.set_epoch(epoch)
-        pairs = list(zip(streamed, resident, strict=True))
-        assert len(pairs) == len(resident)
-        for (x, y), (x_resident, y_resident) in pairs:
-            assert x.device == x_resident.device
-            assert torch.equal(x, x_resident) and torch.equal(y, y_resident)
+    passes = (streamed, resident)
+    if epoch is not None:
+        passes = (one.epoch(epoch) for one in passes)
+    pairs = list(zip(*passes, strict=True))
+    assert len(pairs) == len(resident)
+    for (x, y), (x_resident, y_resident) in pairs:
+        assert x.device == x_resident.device
+        assert torch.equal(x, x_resident) and torch.equal(y, y_resident)
 
 
 def test_the_global_random_state_is_left_alone(monkeypatch):
     monkeypatch.setattr(data, "_workers", lambda: 1)
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     whole = DataSet("CIFAR-10", 10, (3, 4, 5), part(), part()).split()
-    list(Loader(whole.train, 5, "cpu", shuffle=True))
+    list(TrainingLoader(whole.train, 5, "cpu").epoch(0))
     monkeypatch.setattr(data, "fits", lambda size, device: False)
-    list(Loader(whole.validation, 2, "cpu", shuffle=True))
+    list(TrainingLoader(whole.validation, 2, "cpu").epoch(0))
     assert torch.equal(torch.get_rng_state(), before[0])
     np.testing.assert_array_equal(np.random.get_state()[1], before[1])
     assert random.getstate() == before[2]
 
 
 def test_bad_batch_sizes():
-    for size in (0, -3):
-        with pytest.raises(UserError, match=f"the batch size is {size}; it must be 1 or more"):
-            Loader(part(), size, "cpu")
+    for kind in (Loader, TrainingLoader):
+        for size in (0, -3):
+            with pytest.raises(UserError, match=f"the batch size is {size}; it must be 1 or more"):
+                kind(part(), size, "cpu")
     with pytest.raises(UserError, match="a batch size of 24 leaves no full batch of 23 images"):
-        Loader(part(), 24, "cpu", drop_last=True)
+        TrainingLoader(part(), 24, "cpu")
 
 
 @pytest.mark.parametrize("device", DEVICES)
