@@ -11,10 +11,13 @@ Files are replaced whole or appended line by line, so a run may be killed at any
 disagree after that, the checkpoint's epoch counts.
 """
 
+import fcntl
+import itertools
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
@@ -49,22 +52,53 @@ class RunFolder:
             raise UserError(f"{path} is damaged ({error}): move its folder away") from None
         return config
 
-    def check(self, settings: dict) -> None:
-        """Raises UserError if this folder belongs to a run with other settings."""
+    def differences(self, settings: dict) -> list[str]:
+        """Where the settings of the run in this folder, if there is one, are others than these."""
         config = self.config()
         if config is None:
-            return
+            return []
         there, asked = _flat(config["settings"]), _flat(json.loads(json.dumps(settings)))
-        differing = [
+        return [
             f"{key} is {there.get(key)!r} there, now {asked.get(key)!r}"
             for key in sorted({*there, *asked})
             if there.get(key) != asked.get(key)
         ]
-        if differing:
+
+    def check(self, settings: dict) -> None:
+        """Raises UserError if this folder belongs to a run with other settings."""
+        differences = self.differences(settings)
+        if differences:
             raise UserError(
-                f"{self.path} holds a run with other settings ({'; '.join(differing)}): "
-                "choose another --results-dir, or move that folder away"
+                f"{self.path} holds a run with other settings ({'; '.join(differences)}): "
+                "choose another --results-dir, or set that folder aside with --force"
             )
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Makes the folder, and keeps it from other runs until the block or the process ends.
+
+        Raises UserError if another process is at work in it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / "log.txt", "ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"{self.path}: another process is at work on this run: wait for its end, or "
+                    "stop it"
+                ) from None
+            yield
+
+    def set_aside(self) -> Path:
+        """Renames the folder, so that another run can take its place; says what it is called now.
+
+        Raises UserError if another process is at work in it.
+        """
+        with self.locked():
+            numbers = itertools.count(1)
+            aside = (self.path.with_name(f"aside-{i}-{self.path.name}") for i in numbers)
+            return self.path.rename(next(path for path in aside if not path.exists()))
 
     def metrics(self) -> list[dict]:
         """The intact epochs of `metrics.jsonl`, in order; a torn last line is left out.
@@ -95,6 +129,12 @@ class RunFolder:
         if not metrics or config is None:
             return False
         return metrics[-1]["epoch"] >= config["settings"]["epochs"] or diverged(metrics[-1])
+
+    def complete(self) -> bool:
+        """Whether nothing is left to do: a run's last file is there, or it came out of a log."""
+        names = {path.name for path in self.path.glob("*")}
+        ended = "state.pt" in names or "log.txt" not in names
+        return self.finished() and ended and "checkpoint.pt" not in names
 
     def start(self, settings: dict, environment: dict) -> None:
         """Makes the folder and its `config.json`, if they are not there."""

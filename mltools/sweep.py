@@ -3,21 +3,29 @@
 import argparse
 import dataclasses
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 import torch
-from tqdm import tqdm
 
-from mltools.data import DATASETS, DataSet, load
+from mltools.data import DATASETS, load
 from mltools.errors import UserError
 from mltools.networks import PLACEMENTS
+from mltools.progress import Progress
 from mltools.results import RunFolder
-from mltools.training import Experiment, train
+from mltools.runs import train
+from mltools.training import PRECISIONS, Experiment
+
+
+PARALLEL_ON_CUDA = 8  # an estimate: nobody has measured it yet
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,17 @@ class Options:
     batch_size: int = 128
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     feedback_placement: str = "release"
+    precision: str = "float32"
+    parallel_runs: int | None = None
+    deterministic: bool = False
+    force: bool = False
+    quiet: bool = False
+
+    def at_once(self) -> int:
+        """How many runs to train at once."""
+        if self.parallel_runs is None:
+            return PARALLEL_ON_CUDA if self.device.startswith("cuda") else 1
+        return self.parallel_runs
 
 
 def parse(
@@ -61,8 +80,13 @@ def parse(
         default = getattr(defaults, name)
         if isinstance(default, tuple):
             default = " ".join(map(str, default))
+        elif default is None:
+            default = "auto"
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, help=f"{help} (default: {default})", **kind)
+
+    def switch(name: str, help: str) -> None:
+        parser.add_argument(f"--{name}", action="store_true", help=f"{help} (default: no)")
 
     names = ", ".join(DATASETS)
     option("dataset", f"one of {names}", choices=DATASETS, metavar="NAME")
@@ -86,9 +110,26 @@ def parse(
         choices=PLACEMENTS,
         metavar="PLACEMENT",
     )
+    option(
+        "precision",
+        "of the training and the evaluation: float32, as in the paper; tf32, faster matrix "
+        "products on CUDA; bf16, mixed precision",
+        choices=PRECISIONS,
+        metavar="PRECISION",
+    )
+    option(
+        "parallel_runs",
+        f"how many runs to train at once, or auto, which is {PARALLEL_ON_CUDA} on CUDA and 1 on a "
+        "CPU, whose threads the runs share",
+        type=_count_or_auto,
+        metavar="N",
+    )
+    switch("deterministic", "on CUDA too, the same seed gives the same bits; slower there")
+    switch("force", "set a folder with other settings aside, and start anew")
+    switch("quiet", "show nothing but the tables and errors")
     parser.set_defaults(**dataclasses.asdict(defaults))
-    parser.add_argument("--tables-only", action="store_true", help="run nothing, write the tables")
-    parser.add_argument("--list", action="store_true", help="list the rows and exit")
+    switch("tables-only", "run nothing, write the tables and figures of what is there")
+    switch("list", "list the rows and exit")
     more_options(parser)
     arguments = parser.parse_args()
     rows = experiments(arguments)
@@ -107,6 +148,8 @@ def parse(
     if not in_range or len(set(options.seeds)) < len(options.seeds):
         raise UserError("--seeds takes different numbers, from 0 to 2**63 - 1")
     _check_device(options.device)
+    if options.precision == "tf32" and not options.device.startswith("cuda"):
+        raise UserError("--precision tf32 needs a CUDA device: choose float32 or bf16")
     _check_writable(options.results_dir)
     chosen = [known[name] for name in known if name in (arguments.experiments or known)]
     return options, chosen, arguments.tables_only
@@ -115,30 +158,64 @@ def parse(
 def run(script: str, experiments: Iterable[Experiment], options: Options) -> None:
     """Runs every experiment with every seed, those aside that are finished already.
 
-    Raises UserError, before any training, if the data or a run's folder is not as it must be.
+    Ctrl-C, or a request to terminate, lets each run end its batch and write a checkpoint; a second
+    one ends the process at once, and costs no more than the epoch under way.
+
+    Raises:
+        UserError: before any training, if the data or a run's folder is not as it must be.
+        KeyboardInterrupt: it was interrupted, and all runs have ended.
     """
     device = torch.device(options.device)
-    # Full float32 on CUDA, as in 2019: its convolutions would otherwise round to TF32.
-    torch.backends.cudnn.allow_tf32 = False
-    todo = []
+    _set_arithmetic(options)
+    todo, aside = [], []
     for experiment in experiments:
         for seed in options.seeds:
             folder = folder_of(script, experiment.name, seed, options)
             settings = settings_of(experiment, seed, options)
-            folder.check(settings)
-            if not _complete(folder):
-                todo.append((experiment, folder, settings))
+            if options.force and folder.differences(settings):
+                aside.append(folder)
+            else:
+                folder.check(settings)
+                if folder.complete():
+                    continue
+            todo.append((experiment, folder, settings))
     if not todo:
         return
-    data: DataSet = load(options.dataset, options.data_dir)
+    data = load(options.dataset, options.data_dir)
     for network in {experiment.network for experiment, _, _ in todo}:
         network.build(data.input_shape, data.classes)  # says now if the images do not fit
+    for folder in aside:
+        print(f"{folder.path} set aside as {folder.set_aside()}")
+    for part in (data.train, data.test):
+        part.resident(device)  # once, before runs share it
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     epochs = sum(options.epochs - len(folder.metrics()) for _, folder, _ in todo)
-    report = partial(tqdm.write, file=sys.stdout)  # above the bar
-    with tqdm(total=epochs, unit="epoch", disable=None, dynamic_ncols=True) as bar:
-        for experiment, folder, settings in todo:
-            bar.set_description(f"{experiment.name} seed {settings['seed']}")
-            train(experiment, data, folder, settings, device, report, bar.update)
+    stop = threading.Event()
+
+    with Progress(len(todo), epochs, options.quiet) as progress:
+
+        def one(experiment: Experiment, folder: RunFolder, settings: dict) -> None:
+            if stop.is_set():
+                return
+            name = f"{experiment.name} seed {settings['seed']}"
+            epoch_ended = partial(progress.epoch_ended, name, options.epochs)
+            train(experiment, data, folder, settings, device, progress.line, epoch_ended, stop)
+            progress.run_ended()
+
+        with _threads_shared(options), ThreadPoolExecutor(options.at_once()) as pool:
+            with _stopped_by_signals(stop):
+                futures = [pool.submit(one, *run) for run in todo]
+                try:
+                    for future in as_completed(futures):
+                        future.result()
+                finally:
+                    # An error ends the others as Ctrl-C does.
+                    interrupted = stop.is_set()
+                    stop.set()
+                    wait(futures)
+    if interrupted:
+        raise KeyboardInterrupt
 
 
 def folder_of(script: str, experiment: str, seed: int, options: Options) -> RunFolder:
@@ -155,6 +232,7 @@ def settings_of(experiment: Experiment, seed: int, options: Options) -> dict:
         "epochs": options.epochs,
         "batch_size": options.batch_size,
         "feedback_placement": options.feedback_placement,
+        "precision": options.precision,
     }
 
 
@@ -166,16 +244,55 @@ def exit_code(main: Callable[[], None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on after the last epoch", file=sys.stderr)
+        print("interrupted: the same command goes on where this one stopped", file=sys.stderr)
         return 130
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(
+            f"error: {where}{error.strerror or error}; once that is mended, the same command goes "
+            "on after the last epoch",
+            file=sys.stderr,
+        )
+        return 1
     return 0
 
 
-def _complete(folder: RunFolder) -> bool:
-    """Whether nothing is left to do: the last file of a run is there, or it came out of a log."""
-    names = {path.name for path in folder.path.glob("*")}
-    ended = "state.pt" in names or "log.txt" not in names
-    return folder.finished() and ended and "checkpoint.pt" not in names
+def _set_arithmetic(options: Options) -> None:
+    """Sets what PyTorch keeps for the whole process."""
+    precision = "tf32" if options.precision == "tf32" else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = precision
+    torch.backends.cudnn.conv.fp32_precision = precision
+    if options.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(options.deterministic)
+
+
+@contextmanager
+def _threads_shared(options: Options) -> Iterator[None]:
+    """On the CPU, runs that go on at once share its threads."""
+    threads = torch.get_num_threads()
+    if options.device == "cpu":
+        torch.set_num_threads(max(1, threads // options.at_once()))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _stopped_by_signals(stop: threading.Event) -> Iterator[None]:
+    """Makes the first Ctrl-C or SIGTERM set `stop`; the second one kills."""
+
+    def handle(number: int, frame: object) -> None:
+        stop.set()
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -183,6 +300,14 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
+
+
+def _count_or_auto(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"takes a number from 1 up, or auto, not {text!r}")
+    return int(text)
 
 
 def _check_device(name: str) -> None:

@@ -1,28 +1,29 @@
-"""The training loop of one run."""
+"""The arithmetic of one run: its network, its training step, its evaluation.
 
-import json
-import platform
-import subprocess
-import time
-from collections.abc import Callable
+Nothing in a step waits for the device. Where the data is kept on it, a step needs nothing from the
+host at all, and on CUDA it is recorded once and launched as one graph.
+"""
+
+import threading
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from dfatools import measure_alignment, prealign
-from mltools.data import DataSet, Loader
-from mltools.errors import UserError
-from mltools.logs import epoch_lines
+from dfatools import BottleneckLinear, measure_alignment, prealign
+from mltools.capture import capture
+from mltools.data import DataSet, Loader, TrainingLoader
+from mltools.layers import Dropout, Linear
 from mltools.networks import Network
-from mltools.results import RunFolder, diverged, rounded
 
-EVALUATION_BATCH = 1000
+PRECISIONS = ("float32", "tf32", "bf16")
+EVALUATION_BATCH = 500  # larger ones leave no room for the CNN in 1 GB of GPU memory
 ALIGNMENT_SAMPLES = 128  # of the test set, its first ones
+
+# What a process has one of: the default generators, and a CUDA graph being recorded.
+_process = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -44,195 +45,139 @@ class Experiment:
     """Of plain SGD under the mean cross-entropy."""
 
 
-def train(
-    experiment: Experiment,
-    data: DataSet,
-    folder: RunFolder,
-    settings: dict,
-    device: torch.device,
-    report: Callable[[str], None],
-    epoch_ended: Callable[[], None],
-) -> None:
-    """Trains one network from one seed, or goes on where the folder's checkpoint stands.
+class Trainer:
+    """One network with its data, its optimizer and its random state, all on one device.
+
+        trainer.begin(epoch)
+        for _ in range(len(trainer.batches)):
+            trainer.step()
+        loss, accuracy = trainer.training_totals()
+
+    Several trainers may work at once, each in a thread and, on CUDA, on a stream of its own.
 
     Args:
-        experiment: the row.
-        data: its images.
-        folder: where results go.
-        settings: what `config.json` keeps; of these `seed`, `epochs`, `batch_size` and
-            `feedback_placement` are used here.
-        device: where to train.
-        report: takes the lines of the log, those on alignment aside.
-        epoch_ended: called after every epoch, once it is on disk.
+        settings: of a run; `seed`, `batch_size`, `feedback_placement` and `precision` are used.
+
+    Raises:
+        UserError: the batch size leaves no batch, or the images are too small for the network.
     """
-    seed, epochs = settings["seed"], settings["epochs"]
-    batches = Loader(
-        data.train, settings["batch_size"], device, shuffle=True, drop_last=True, seed=seed
-    )
-    test = Loader(data.test, EVALUATION_BATCH, device)
-    folder.start(settings, environment(device))
-    checkpoint = load_checkpoint(folder.path / "checkpoint.pt")
-    done = checkpoint["epoch"] if checkpoint else 0
-    folder.rewind(done)
-    metrics = folder.metrics()
-    if done and (not metrics or metrics[-1]["epoch"] < done):
-        raise UserError(
-            f"{folder.path}: metrics.jsonl lacks epochs before the checkpoint's, {done}: "
-            "bring them back with log_retrieval.py, or move the folder away"
-        )
-    if metrics and diverged(metrics[-1]):
-        done = epochs
 
-    def log(line: str) -> None:
-        folder.log(line)
-        report(line)
+    def __init__(
+        self, experiment: Experiment, data: DataSet, settings: dict, device: torch.device
+    ) -> None:
+        seed, precision = settings["seed"], settings["precision"]
+        self.experiment = experiment
+        self.device = device
+        self.batches = TrainingLoader(data.train, settings["batch_size"], device, seed)
+        self.test = Loader(data.test, EVALUATION_BATCH, device)
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self._autocast = torch.autocast(device.type, torch.bfloat16, precision == "bf16")
+        self._totals = torch.zeros(2, dtype=torch.float64, device=device)  # loss, correct answers
+        with _process:
+            torch.manual_seed(seed)
+            self.model = experiment.network.build(
+                data.input_shape,
+                data.classes,
+                settings["feedback_placement"],
+                normalization=experiment.normalization,
+                reduction=experiment.reduction,
+                training_method=experiment.training_method,
+            ).to(device)
+            if experiment.prealigned:
+                self.batches.begin(0)
+                prealign(self.model, *self.batches.take(), F.cross_entropy)
+        for module in self.model.modules():
+            if isinstance(module, Dropout):
+                module.generator = self.generator
+            elif isinstance(module, BottleneckLinear):
+                module.input_generator = self.generator
+            elif isinstance(module, Linear) and precision != "bf16":
+                module.learning_rate = experiment.learning_rate
+        self._optimizer = torch.optim.SGD(self.model.parameters(), experiment.learning_rate)
+        self._launch = self._step
 
-    torch.manual_seed(seed)
-    model = experiment.network.build(
-        data.input_shape,
-        data.classes,
-        settings["feedback_placement"],
-        normalization=experiment.normalization,
-        reduction=experiment.reduction,
-        training_method=experiment.training_method,
-    ).to(device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=experiment.learning_rate)
-    name = f"{experiment.name} seed {seed}"
-    if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-        _set_random_state(checkpoint["random_state"], device)
-        log(f"{name}: going on after epoch {checkpoint['epoch']}")
-    else:
-        log(f"{name}: {epochs} epochs of {data.name} on {device}")
-        folder.log(f"settings {json.dumps(settings)}")
-        if experiment.prealigned:
-            x, y = next(iter(batches))
-            prealign(model, x, y, F.cross_entropy)
+    def capture(self) -> None:
+        """Makes each step one launch of a CUDA graph, with the same results.
 
-    for epoch in range(done + 1, epochs + 1):
-        start = time.perf_counter()
-        batches.set_epoch(epoch)
-        train_loss, train_accuracy = train_epoch(model, batches, optimizer)
-        test_loss, test_accuracy = evaluate(model, test)
-        cosines = {}
-        if experiment.training_method == "dfa":
-            x, y = next(iter(test))
-            x, y = x[:ALIGNMENT_SAMPLES], y[:ALIGNMENT_SAMPLES]
-            cosines = measure_alignment(model, x, y, F.cross_entropy)
-            cosines = {layer: c.float().cpu().numpy() for layer, c in cosines.items()}
-        metrics = {
-            "epoch": epoch,
-            "train_loss": rounded(train_loss),
-            "train_accuracy": rounded(train_accuracy),
-            "test_loss": rounded(test_loss),
-            "test_accuracy": rounded(test_accuracy),
-            "alignment": {
-                layer: {"mean": rounded(c.mean()), "std": rounded(c.std(ddof=1))}
-                for layer, c in cosines.items()
-            },
-            "seconds": round(time.perf_counter() - start, 3),
-        }
-        lines = epoch_lines(metrics, epochs)
-        folder.log(*lines)  # first: a kill can make the log say an epoch twice, but not skip it
-        checkpoint = {
-            "epoch": epoch,
-            "model": model.state_dict(),
-            "random_state": _random_state(device),
-        }
-        folder.add_epoch(metrics, cosines)
-        folder.write("checkpoint.pt", partial(torch.save, checkpoint))  # now the epoch counts
-        report(lines[-1])
-        epoch_ended()
-        if diverged(metrics):
-            log(f"{name}: diverged in epoch {epoch}, stopped")
-            break
-    folder.write("state.pt", partial(torch.save, model.state_dict()))
-    (folder.path / "checkpoint.pt").unlink(missing_ok=True)
+        Raises:
+            RuntimeError: the step cannot be recorded.
+        """
+        if not self.batches.resident:
+            raise RuntimeError("the data is streamed")
+        state = [*self.model.state_dict().values(), *self.batches.state(), self._totals]
+        self.model.train()
+        with _process:
+            self._launch = capture(self._step, state, self.generator)
 
+    def begin(self, epoch: int, batch: int = 0) -> None:
+        """Makes `step` take the batches of an epoch (from 1 up), from the given one on."""
+        self.model.train()
+        self.batches.begin(epoch, batch)
+        if batch == 0:
+            self._totals.zero_()
 
-def train_epoch(
-    model: nn.Module, batches: Loader, optimizer: torch.optim.Optimizer
-) -> tuple[float, float]:
-    """One pass over the batches; the mean loss and the running accuracy in percent, train mode."""
-    model.train()
-    totals = _Totals()
-    for x, y in batches:
-        optimizer.zero_grad()
-        output = model(x)
-        loss = F.cross_entropy(output, y)
+    def step(self) -> None:
+        """Trains on the next batch of the epoch."""
+        self._launch()
+
+    def _step(self) -> None:
+        x, y = self.batches.take()
+        self._optimizer.zero_grad()
+        with self._autocast:
+            output = self.model(x)
+            loss = F.cross_entropy(output, y)
         loss.backward()
-        optimizer.step()
-        totals.add(output.detach(), loss.detach(), y)
-    return totals.result()
+        self._optimizer.step()
+        self._totals += _totals(output.detach(), loss.detach(), y)
+
+    def training_totals(self) -> tuple[float, float]:
+        """The mean loss and the running accuracy in percent of the epoch that has ended."""
+        return _means(self._totals, len(self.batches) * self.batches.batch_size)
+
+    @torch.inference_mode()
+    def evaluate(self) -> tuple[float, float]:
+        """The mean loss and the accuracy in percent on the test set, in eval mode."""
+        self.model.eval()
+        totals = torch.zeros_like(self._totals)
+        for x, y in self.test:
+            with self._autocast:
+                output = self.model(x)
+                loss = F.cross_entropy(output, y)
+            totals += _totals(output, loss, y)
+        return _means(totals, len(self.test.part))
+
+    def alignment(self) -> dict[str, np.ndarray]:
+        """Layer to the cosines of the first test images, float32 (samples,); none without DFA."""
+        if self.experiment.training_method != "dfa":
+            return {}
+        x, y = next(iter(self.test))
+        x, y = x[:ALIGNMENT_SAMPLES], y[:ALIGNMENT_SAMPLES]
+        with _process:
+            cosines = measure_alignment(self.model, x, y, F.cross_entropy)
+        rows = torch.stack([*cosines.values()]).float().cpu().numpy()
+        return dict(zip(cosines, rows))
+
+    def state_dict(self) -> dict:
+        """All that `load_state_dict` needs to go on within an epoch, its number and batch aside."""
+        return {
+            "model": self.model.state_dict(),
+            "totals": self._totals,
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Raises RuntimeError, or another error of PyTorch's, if `state` is not this network's."""
+        self.model.load_state_dict(state["model"])
+        self._totals.copy_(state["totals"])
+        self.generator.set_state(state["generator"])
 
 
-@torch.inference_mode()
-def evaluate(model: nn.Module, batches: Loader) -> tuple[float, float]:
-    """The mean loss and the accuracy in percent, in eval mode."""
-    model.eval()
-    totals = _Totals()
-    for x, y in batches:
-        output = model(x)
-        totals.add(output, F.cross_entropy(output, y), y)
-    return totals.result()
+def _totals(output: Tensor, mean_loss: Tensor, y: Tensor) -> Tensor:
+    """The summed loss and the number of correct answers of a batch."""
+    correct = (output.argmax(1) == y).sum()
+    return torch.stack([mean_loss.double() * len(y), correct.double()])
 
 
-class _Totals:
-    """Sums over samples, kept on the device until `result` fetches them."""
-
-    def __init__(self) -> None:
-        self.samples = 0
-        self.sums: Tensor | float = 0.0
-
-    def add(self, output: Tensor, mean_loss: Tensor, y: Tensor) -> None:
-        correct = (output.argmax(1) == y).sum()
-        self.sums = self.sums + torch.stack([mean_loss.double() * len(y), correct.double()])
-        self.samples += len(y)
-
-    def result(self) -> tuple[float, float]:
-        loss, correct = self.sums.tolist()
-        return loss / self.samples, 100 * correct / self.samples
-
-
-def load_checkpoint(path: Path) -> dict | None:
-    """Reads a checkpoint, where there is one. Raises UserError if it is damaged."""
-    if not path.exists():
-        return None
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many kinds for a damaged file
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} cannot be read ({reason}): move its folder away") from None
-
-
-def environment(device: torch.device) -> dict:
-    """Versions, device and source of a run, for `config.json`."""
-    try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
-        ).stdout.strip()  # fmt: skip
-    except (OSError, subprocess.CalledProcessError):
-        commit = None  # no git, or not a checkout: the run is as good
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
-        "commit": commit,
-    }
-
-
-def _random_state(device: torch.device) -> dict[str, Tensor]:
-    """What dropout draws from. The order of the samples follows from seed and epoch."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def _set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
+def _means(totals: Tensor, samples: int) -> tuple[float, float]:
+    loss, correct = totals.tolist()
+    return loss / samples, 100 * correct / samples

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import best_practices
-from mltools.data import Loader, import_torchvision, load
+from mltools.data import import_torchvision, load
 from mltools.sweep import Options, folder_of, settings_of
-from mltools.training import evaluate, train_epoch
+from mltools.training import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -219,13 +219,17 @@ def test_the_papers_network_learns_cifar10():
     if not folder or not (Path(folder) / "cifar10.npz").exists():
         pytest.skip("DFA_TEST_DATA_DIR names no folder with cifar10.npz")
     data = load("CIFAR-10", folder)
-    row, device = ROWS["fc-tanh"], torch.device("cpu")
-    torch.manual_seed(0)
-    model = row.network.build(data.input_shape, data.classes, reduction=row.reduction)
-    optimizer = torch.optim.SGD(model.parameters(), lr=row.learning_rate)
-    few = data.train.subset(torch.arange(128 * 60))
-    test = Loader(data.test.subset(torch.arange(2000)), 1000, device)
-    untrained, _ = evaluate(model, test)
-    train_epoch(model, Loader(few, 128, device, shuffle=True, drop_last=True), optimizer)
-    loss, accuracy = evaluate(model, test)
+    few = replace(
+        data,
+        train=data.train.subset(torch.arange(128 * 60)),
+        test=data.test.subset(torch.arange(2000)),
+    )
+    settings = {"seed": 0, "batch_size": 128, "feedback_placement": "release"}
+    settings["precision"] = "float32"
+    trainer = Trainer(ROWS["fc-tanh"], few, settings, torch.device("cpu"))
+    untrained, _ = trainer.evaluate()
+    trainer.begin(1)
+    for _ in range(60):
+        trainer.step()
+    loss, accuracy = trainer.evaluate()
     assert loss < untrained - 0.05 and accuracy > 13

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import threading
 from dataclasses import asdict
 from pathlib import Path
 from unittest.mock import Mock
@@ -16,7 +17,8 @@ from mltools.data import load
 from mltools.logs import CNN_LAYERS, epoch_lines, parse
 from mltools.networks import Network
 from mltools.results import RunFolder
-from mltools.training import Experiment, train
+from mltools.runs import train
+from mltools.training import Experiment
 
 STAMP = "2026-11-23 16:56:17"
 
@@ -248,12 +250,12 @@ def trained(tmp_path_factory):
     folder = RunFolder(tmp_path_factory.mktemp("results") / "tiny" / "seed-3")
     experiment = Experiment("tiny", Network(hidden=(8, 7)), learning_rate=0.1)
     settings = {"experiment": asdict(experiment), "seed": 3, "dataset": "Digits", "epochs": 4}
-    settings |= {"batch_size": 100, "feedback_placement": "every-layer"}
+    settings |= {"batch_size": 100, "feedback_placement": "every-layer", "precision": "float32"}
     killed = Mock(side_effect=[None, KeyboardInterrupt])
     arguments = experiment, load("Digits", "none"), folder, settings, torch.device("cpu"), Mock()
     with pytest.raises(KeyboardInterrupt):
-        train(*arguments, killed)
-    train(*arguments, Mock())
+        train(*arguments, killed, threading.Event())
+    train(*arguments, Mock(), threading.Event())
     return folder
 
 

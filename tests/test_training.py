@@ -1,451 +1,227 @@
-"""One run: what it computes, what it writes down, and that it may be interrupted anywhere."""
+"""A run's arithmetic: its steps with and without each speed-up, alone and beside others."""
 
-import json
-import math
-import random
-from collections import OrderedDict
-from dataclasses import asdict
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
 from torch.utils.data import TensorDataset
 
-from dfatools import DFA, DFALayer, prealign
-from mltools import results, training
-from mltools.data import DataSet, Loader, Part
-from mltools.errors import UserError
-from mltools.logs import epoch_lines
+from mltools.data import DataSet, Part
+from mltools.layers import Linear
 from mltools.networks import Network
-from mltools.results import RunFolder
-from mltools.training import Experiment, train, train_epoch
+from mltools.training import Experiment, Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
-SMALL = Network(hidden=(8, 7, 6))
-BP = {"training_method": "bp", "learning_rate": 0.5}
-DFA_SUM = {"reduction": "sum", "learning_rate": 0.02}
-REGULARISED = {"batchnorm": True, "dropout_input": 0.1, "dropout_fc": 0.5}
-EPOCHS, BATCH = 3, 8
-WRITTEN = 6e-5  # metrics.jsonl has four decimals
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA device"))]  # fmt: skip
+FC = Network(hidden=(8, 7, 6), batchnorm=True, dropout_input=0.1, dropout_fc=0.3)
+CNN = Network("cnn", batchnorm=True, dropout_conv=0.2)
+BOTTLENECK = Network(hidden=(8, 7, 6), bottleneck=0.5)
+NETWORKS = pytest.mark.parametrize("network", [FC, CNN, BOTTLENECK], ids=["fc", "cnn", "thin"])
 
 
-def part(count, shape, seed):
+def part(count, seed):
     random_state = np.random.default_rng(seed)
-    x = torch.from_numpy(random_state.integers(0, 256, (count, *shape), dtype=np.uint8))
-    y = torch.from_numpy(random_state.integers(0, 3, count))
-    return Part(TensorDataset(x, y), (0.4,), (0.25,))
-
-
-def tiny(shape=(1, 4, 5), test=150):
-    """45 training images: five batches of 8 and an incomplete one."""
-    return DataSet("tiny", 3, shape, part(45, shape, 1), part(test, shape, 2))
-
-
-def settings_of(experiment, **changes):
-    common = {"dataset": "tiny", "epochs": EPOCHS, "batch_size": BATCH, "seed": 4}
-    return {
-        "experiment": asdict(experiment),
-        **common,
-        "feedback_placement": "every-layer",
-        **changes,
-    }
-
-
-def run(path, experiment, data=None, epoch_ended=lambda: None, **changes):
-    """Trains; returns the folder and the lines that were reported."""
-    folder, lines = RunFolder(path), []
-    settings = settings_of(experiment, **changes)
-    train(experiment, data or tiny(), folder, settings, CPU, lines.append, epoch_ended)
-    return folder, lines
-
-
-def state(folder):
-    return torch.load(folder.path / "state.pt", weights_only=True)
-
-
-def outcome(folder):
-    """All that a run leaves but times: metrics, angles and weights, in comparable form."""
-    metrics = [{k: v for k, v in epoch.items() if k != "seconds"} for epoch in folder.metrics()]
-    angles = {layer: cosines.tolist() for layer, cosines in folder.angles().items()}
-    weights = {name: tensor.tolist() for name, tensor in state(folder).items()}
-    return metrics, angles, weights
-
-
-def network_of(experiment, data, seed=4):
-    """The run's network, and the same modules without those of DFA."""
-    torch.manual_seed(seed)
-    model = experiment.network.build(
-        data.input_shape, data.classes, "every-layer",
-        normalization=experiment.normalization, reduction=experiment.reduction,
-    )  # fmt: skip
-    kept = [(n, m) for n, m in model.named_children() if not isinstance(m, (DFA, DFALayer))]
-    return model, nn.Sequential(OrderedDict(kept))
-
-
-def training_batches(data, epoch, seed=4):
-    loader = Loader(data.train, BATCH, CPU, shuffle=True, drop_last=True, seed=seed)
-    loader.set_epoch(epoch)
-    batches = list(loader)
-    assert [len(y) for _, y in batches] == [BATCH] * 5
-    return batches
-
-
-@pytest.mark.parametrize(
-    "network, shape",
-    [
-        (SMALL, (1, 4, 5)),
-        (Network(hidden=(8, 7, 6), **REGULARISED), (1, 4, 5)),
-        (Network("cnn", batchnorm=True, dropout_conv=0.2), (1, 15, 16)),
-    ],
-    ids=["fc", "fc-regularised", "cnn"],
-)
-def test_a_bp_run_equals_a_plain_loop(tmp_path, monkeypatch, network, shape):
-    monkeypatch.setattr(training, "EVALUATION_BATCH", 130)  # two batches, of 130 and 20
-    data = tiny(shape)
-    experiment = Experiment("bp", network, **BP)
-    folder, _ = run(tmp_path, experiment, data)
-
-    _, model = network_of(experiment, data)
-    (x_test, y_test) = data.test.resident(CPU)
-    for epoch, metrics in enumerate(folder.metrics(), 1):
-        model.train()
-        losses, hits = [], []
-        for x, y in training_batches(data, epoch):
-            output = model(x)
-            loss = F.cross_entropy(output, y)
-            gradients = torch.autograd.grad(loss, list(model.parameters()))
-            with torch.no_grad():
-                for parameter, gradient in zip(model.parameters(), gradients):
-                    parameter.add_(gradient, alpha=-0.5)
-            losses.append(loss.item())
-            hits.append((output.argmax(1) == y).float().mean().item())
-        model.eval()
-        with torch.no_grad():
-            log_p = model(x_test).double().log_softmax(1)
-        assert metrics["epoch"] == epoch
-        assert metrics["train_loss"] == pytest.approx(np.mean(losses), abs=WRITTEN)
-        assert metrics["train_accuracy"] == pytest.approx(100 * np.mean(hits), abs=WRITTEN)
-        picked = log_p[torch.arange(150), y_test]
-        assert metrics["test_loss"] == pytest.approx(-picked.mean().item(), abs=WRITTEN)
-        correct = (log_p.argmax(1) == y_test).sum().item()
-        assert metrics["test_accuracy"] == pytest.approx(100 * correct / 150, abs=WRITTEN)
-    assert epoch == EPOCHS
-
-    final = state(folder)
-    expected = model.state_dict()
-    assert set(final) == {*expected, "dfa.feedback_matrix"}
-    for name, tensor in expected.items():
-        assert torch.equal(final[name], tensor), name
-
-
-@pytest.mark.parametrize("normalization", [True, False])
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_a_dfa_run_follows_the_papers_update(tmp_path, normalization, reduction):
-    data, rate = tiny(), 0.02
-    experiment = Experiment(
-        "dfa", SMALL, normalization=normalization, reduction=reduction, learning_rate=rate
-    )
-    folder, _ = run(tmp_path, experiment, data)
-
-    model, _ = network_of(experiment, data)
-    start = {name: tensor.double().numpy() for name, tensor in model.state_dict().items()}
-    w = {name: tensor.copy() for name, tensor in start.items()}
-    matrix = w.pop("dfa.feedback_matrix")
-    for epoch in range(1, EPOCHS + 1):
-        for x, y in training_batches(data, epoch):
-            h = [x.flatten(1).double().numpy()]
-            for i in (1, 2, 3):
-                h.append(np.tanh(h[-1] @ w[f"lin{i}.weight"].T + w[f"lin{i}.bias"]))
-            logits = h[-1] @ w["lin4.weight"].T + w["lin4.bias"]
-            error = np.exp(logits) / np.exp(logits).sum(1, keepdims=True) - np.eye(3)[y.numpy()]
-            updates = {4: error / BATCH}
-            for i in (1, 2, 3):
-                size = h[i].shape[1]
-                feedback = matrix[:, :size] / (math.sqrt(size * 3) if normalization else 1)
-                sent = (error if reduction == "sum" else error / BATCH) @ feedback
-                updates[i] = sent * (1 - h[i] ** 2)
-            for i, update in updates.items():
-                w[f"lin{i}.weight"] -= rate * update.T @ h[i - 1]
-                w[f"lin{i}.bias"] -= rate * update.sum(0)
-
-    final = state(folder)
-    np.testing.assert_array_equal(final.pop("dfa.feedback_matrix"), matrix.astype(np.float32))
-    assert set(final) == set(w)
-    for name, tensor in final.items():
-        np.testing.assert_allclose(tensor, w[name], rtol=1e-4, atol=1e-5)
-        assert np.abs(tensor.numpy() - start[name]).max() > 1e-3, f"{name} has not learnt"
-
-
-@pytest.mark.parametrize("test_size, measured", [(150, 128), (20, 20)])
-def test_alignment_is_that_of_the_first_128_test_samples_in_eval_mode(
-    tmp_path, test_size, measured
-):
-    data = tiny(test=test_size)
-    network = Network(hidden=(8, 7, 6), dropout_input=0.3, dropout_fc=0.5)
-    experiment = Experiment("dfa", network, **DFA_SUM)
-    folder, _ = run(tmp_path, experiment, data)
-
-    _, model = network_of(experiment, data)
-    final = state(folder)
-    matrix = final.pop("dfa.feedback_matrix")
-    model.load_state_dict(final)
-    model.eval()
-    x, y = (tensor[:128] for tensor in data.test.resident(CPU))
-    hidden, h = {}, x
-    for name, module in model.named_children():
-        h = hidden[name] = module(h)
-    loss = F.cross_entropy(h, y)
-    error = torch.autograd.grad(loss, h, retain_graph=True)[0]
-    angles = folder.angles()
-    for name, size in [("act1", 8), ("act2", 7), ("act3", 6)]:
-        gradient = torch.autograd.grad(loss, hidden[name], retain_graph=True)[0]
-        expected = F.cosine_similarity(error @ matrix[:, :size], gradient).numpy()
-        cosines = angles[name]
-        assert cosines.dtype == np.float32 and cosines.shape == (EPOCHS, measured)
-        np.testing.assert_allclose(cosines[-1], expected, atol=1e-4)
-        for epoch, metrics in enumerate(folder.metrics()):
-            spread = metrics["alignment"][name]
-            assert spread["mean"] == pytest.approx(np.mean(cosines[epoch]), abs=WRITTEN)
-            assert spread["std"] == pytest.approx(np.std(cosines[epoch], ddof=1), abs=WRITTEN)
-        assert not np.array_equal(cosines[0], cosines[-1])
-    assert set(metrics["alignment"]) == set(angles)
-
-
-@pytest.mark.parametrize("method", ["bp", "shallow"])
-def test_other_methods_than_dfa_have_no_alignment(tmp_path, method):
-    folder, _ = run(tmp_path, Experiment(method, SMALL, training_method=method))
-    assert [epoch["alignment"] for epoch in folder.metrics()] == [{}] * EPOCHS
-    assert folder.angles() == {}
-
-
-class Interrupted(Exception):
-    pass
-
-
-REGULAR_RUN = Experiment("dfa", Network(hidden=(8, 7, 6), **REGULARISED), **DFA_SUM)
-BP_RUN = Experiment("bp", Network(hidden=(8, 7, 6), **REGULARISED), **BP)
-
-
-@pytest.mark.parametrize("experiment", [REGULAR_RUN, BP_RUN], ids=["dfa", "bp"])
-@pytest.mark.parametrize("epochs", range(1, EPOCHS + 1))
-def test_a_run_interrupted_between_epochs_ends_the_same(tmp_path, epochs, experiment):
-    whole, _ = run(tmp_path / "whole", experiment)
-
-    done = []
-
-    def stop():
-        done.append(None)
-        if len(done) == epochs:
-            raise Interrupted
-
-    with pytest.raises(Interrupted):
-        run(tmp_path / "part", experiment, epoch_ended=stop)
-    assert len(RunFolder(tmp_path / "part").metrics()) == epochs
-    assert not (tmp_path / "part/state.pt").exists()
-
-    torch.rand(epochs)  # another process would have another random state
-    again = []
-    resumed, lines = run(tmp_path / "part", experiment, epoch_ended=lambda: again.append(None))
-    assert len(again) == EPOCHS - epochs
-    assert lines[0].endswith(f"going on after epoch {epochs}")
-    assert outcome(resumed) == outcome(whole)
-    assert sorted(p.name for p in resumed.path.iterdir()) == sorted(
-        p.name for p in whole.path.iterdir()
-    )
-
-
-@pytest.mark.parametrize(
-    "name, count",
-    [("angles.npz", 1), ("angles.npz", 3), ("checkpoint.pt", 1), ("checkpoint.pt", 2),
-     ("checkpoint.pt", 3), ("state.pt", 1)],
-)  # fmt: skip
-@pytest.mark.parametrize("torn", [b"", b'{"epoch": 4, "train_lo'], ids=["", "torn"])
-def test_a_run_interrupted_between_two_files_ends_the_same(
-    tmp_path, monkeypatch, name, count, torn
-):
-    whole, _ = run(tmp_path / "whole", REGULAR_RUN)
-
-    def stop(path, write, writes=[]):
-        if path.name == name:
-            writes.append(path)
-            if len(writes) == count:
-                raise Interrupted
-        write_atomically(path, write)
-
-    write_atomically = results.write_atomically
-    with monkeypatch.context() as patch:
-        patch.setattr(results, "write_atomically", lambda path, write: stop(path, write))
-        with pytest.raises(Interrupted):
-            run(tmp_path / "part", REGULAR_RUN)
-    with open(tmp_path / "part/metrics.jsonl", "ab") as file:
-        file.write(torn)
-    resumed, _ = run(tmp_path / "part", REGULAR_RUN)
-    assert outcome(resumed) == outcome(whole)
-
-
-@pytest.mark.parametrize("experiment", [REGULAR_RUN, BP_RUN], ids=["dfa", "bp"])
-def test_the_same_seed_gives_the_same_bits_whatever_ran_before(tmp_path, experiment):
-    first, _ = run(tmp_path / "first", experiment)
-    other, _ = run(tmp_path / "other", experiment, seed=5)
-    torch.rand(3), np.random.rand(3), random.random()
-    second, _ = run(tmp_path / "second", experiment)
-    assert outcome(first) == outcome(second)
-    assert all(a != b for a, b in zip(outcome(first)[0], outcome(other)[0]))
-
-
-@pytest.mark.parametrize("method", ["bp", "dfa"])
-def test_a_diverged_run_stops_is_recorded_as_null_and_logged(tmp_path, method):
-    network = Network(hidden=(8, 7, 6), activation="relu")
-    experiment = Experiment("wild", network, training_method=method, learning_rate=1e30)
-    calls = []
-    folder, lines = run(tmp_path, experiment, epoch_ended=lambda: calls.append(None), epochs=9)
-
-    def refuse(constant):
-        raise AssertionError(f"{constant} is no JSON")
-
-    text = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    (metrics,) = [json.loads(line, parse_constant=refuse) for line in text]
-    assert metrics["epoch"] == 1 and len(calls) == 1
-    assert metrics["train_loss"] is None and metrics["test_loss"] is None
-    assert results.diverged(metrics) and folder.finished()
-    message = "wild seed 4: diverged in epoch 1, stopped"
-    assert lines[-1] == message
-    assert (tmp_path / "log.txt").read_text().endswith(message + "\n")
-    assert not (tmp_path / "checkpoint.pt").exists()
-
-
-def test_a_finished_run_leaves_the_files_of_the_design(tmp_path):
-    folder, lines = run(tmp_path, REGULAR_RUN)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "angles.npz", "config.json", "log.txt", "metrics.jsonl", "state.pt"
-    ]  # fmt: skip
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert config["settings"] == json.loads(json.dumps(settings_of(REGULAR_RUN)))
-    assert config["environment"]["torch"] == torch.__version__
-    assert config["environment"]["device"] == "cpu"
-    for metrics in folder.metrics():
-        assert list(metrics) == [
-            "epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "alignment",
-            "seconds",
-        ]  # fmt: skip
-    log = (tmp_path / "log.txt").read_text()
-    for metrics in folder.metrics():
-        said = epoch_lines(metrics, EPOCHS)
-        assert [line for line in said if f"  {line}\n" not in log] == []
-        assert said[-1] in lines
-
-
-def test_the_state_is_that_of_the_network_and_loads_into_it(tmp_path):
-    folder, _ = run(tmp_path, REGULAR_RUN)
-    model, _ = network_of(REGULAR_RUN, tiny(), seed=99)
-    model.load_state_dict(state(folder))
-    x, y = tiny().test.resident(CPU)
-    accuracy = 100 * (model.eval()(x).argmax(1) == y).sum().item() / len(y)
-    assert accuracy == pytest.approx(folder.metrics()[-1]["test_accuracy"], abs=WRITTEN)
-
-
-def test_a_prealigned_run_starts_from_weights_set_on_the_first_batch(tmp_path):
-    data = tiny()
-    experiment = Experiment("pai", SMALL, prealigned=True, reduction="sum", learning_rate=0.0)
-    folder, _ = run(tmp_path, experiment, data)
-    model, _ = network_of(experiment, data)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    prealign(model, *training_batches(data, 0)[0], F.cross_entropy)
-    for name, tensor in state(folder).items():
-        assert torch.equal(tensor, model.state_dict()[name]), name
-    assert not torch.equal(model.lin4.weight, before["lin4.weight"])
-
-
-def test_a_prealigned_run_that_goes_on_is_not_prealigned_again(tmp_path):
-    experiment = Experiment("pai", SMALL, prealigned=True, **DFA_SUM)
-    whole, _ = run(tmp_path / "whole", experiment)
-
-    def stop():
-        raise Interrupted
-
-    with pytest.raises(Interrupted):
-        run(tmp_path / "part", experiment, epoch_ended=stop)
-    resumed, _ = run(tmp_path / "part", experiment)
-    assert outcome(resumed) == outcome(whole)
-
-
-@pytest.mark.parametrize("damage", [b"", b"text", b"PK\x03\x04 torn", "half"])
-def test_a_damaged_checkpoint_is_one_line_that_names_the_file(tmp_path, damage):
-    def stop():
-        raise Interrupted
-
-    with pytest.raises(Interrupted):
-        run(tmp_path, REGULAR_RUN, epoch_ended=stop)
-    path = tmp_path / "checkpoint.pt"
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2] if damage == "half" else damage)
-    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
-    with pytest.raises(UserError, match="checkpoint.pt cannot be read") as caught:
-        run(tmp_path, REGULAR_RUN)
-    assert "\n" not in str(caught.value)
-    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
-
-
-def test_too_large_a_batch_is_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(UserError, match="46 .*45 images"):
-        run(tmp_path / "run", REGULAR_RUN, batch_size=46)
-    assert not (tmp_path / "run").exists()
-
-
-def test_an_epoch_takes_no_incomplete_batch_and_weighs_all_samples_alike():
-    class Counter(nn.Module):
+    x = torch.from_numpy(random_state.integers(0, 256, (count, 1, 15, 15), dtype=np.uint8))
+    return Part(TensorDataset(x, torch.from_numpy(random_state.integers(0, 3, count))), (0.4,), (0.25,))
+
+
+DATA = DataSet("tiny", 3, (1, 15, 15), part(85, 1), part(150, 2))
+
+
+def trainer(network, device=CPU, seed=4, batch_size=8, method="dfa", rate=0.02, **settings):
+    experiment = Experiment("one", network, method, reduction="sum", learning_rate=rate)
+    common = {"feedback_placement": "every-layer", "precision": "float32"}
+    settings = {"seed": seed, "batch_size": batch_size, **common, **settings}
+    return Trainer(experiment, DATA, settings, torch.device(device))
+
+
+def steps(trainer, count=20):
+    """That many training steps, over epochs of ten."""
+    for step in range(count):
+        if step % 10 == 0:
+            trainer.begin(1 + step // 10)
+        trainer.step()
+
+
+def outcome(trainer):
+    """Weights, buffers, totals and random state, to compare bit by bit."""
+    state = trainer.state_dict()
+    tensors = {**state["model"], "totals": state["totals"], "generator": state["generator"]}
+    return {name: tensor.tolist() for name, tensor in tensors.items()}
+
+
+@NETWORKS
+@pytest.mark.parametrize("method", ["dfa", "bp"])
+def test_steps_within_the_backward_pass_agree_with_an_optimizer(network, method):
+    # The paper's rate; at a much larger one, rounding soon decides what a pooling picks.
+    fast, plain = (trainer(network, method=method, rate=5e-4) for _ in range(2))
+    before = {name: value.clone() for name, value in plain.model.state_dict().items()}
+    for module in plain.model.modules():
+        if isinstance(module, Linear):
+            module.learning_rate = None
+    assert any(isinstance(m, Linear) and m.learning_rate == 5e-4 for m in fast.model.modules())
+    steps(fast), steps(plain)
+    for name, value in plain.model.state_dict().items():
+        ours = fast.model.state_dict()[name].double()
+        difference = (ours - value.double()).norm()
+        assert difference <= 1e-5 * value.double().norm(), name
+        if name.endswith("weight"):
+            assert not torch.equal(value, before[name]), name
+
+
+@contextmanager
+def recording(monkeypatch, fail=False):
+    """Stands in for CUDA graphs: what is recorded is the step, and a launch calls it."""
+    recorded = []
+
+    class Graph:
         def __init__(self):
-            super().__init__()
-            self.bias = nn.Parameter(torch.zeros(3))
-            self.seen = []
+            self.generators, self.launches = [], 0
 
-        def forward(self, x):
-            assert self.training
-            self.seen.append(len(x))
-            return self.bias.expand(len(x), 3)
+        def register_generator_state(self, generator):
+            self.generators.append(generator)
 
-    model = Counter()
-    for drop_last, sizes in [(True, [8] * 5), (False, [8] * 5 + [5])]:
-        model.seen.clear()
-        loader = Loader(tiny().train, BATCH, CPU, drop_last=drop_last)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        loss, accuracy = train_epoch(model, loader, optimizer)
-        assert model.seen == sizes
-        _, y = tiny().train.resident(CPU)
-        zeros = (y[: sum(sizes)] == 0).sum().item()  # what argmax of equal logits picks
-        assert accuracy == pytest.approx(100 * zeros / sum(sizes))
-        assert loss == pytest.approx(math.log(3), rel=1e-6)
+        def replay(self):
+            self.launches += 1
+            self.step()
 
+    @contextmanager
+    def record(graph, stream, capture_error_mode):
+        assert capture_error_mode == "thread_local"
+        recorded.append(graph)
+        yield
+        if fail:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-def interrupted(path, epochs):
-    """A run that was stopped after so many epochs."""
-    calls = []
-
-    def stop():
-        calls.append(None)
-        if len(calls) == epochs:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run(path, Experiment("bp", SMALL, **BP), epoch_ended=stop)
-    return RunFolder(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "CUDAGraph", Graph)
+        patch.setattr(torch.cuda, "graph", record)
+        patch.setattr(torch.cuda, "current_stream", lambda: None)
+        yield recorded
 
 
-def test_metrics_that_were_lost_before_the_checkpoint_are_not_trained_over(tmp_path):
-    folder = interrupted(tmp_path / "run", 2)
-    folder.rewind(1)
-    with pytest.raises(UserError, match="metrics.jsonl lacks epochs before the checkpoint's, 2"):
-        run(tmp_path / "run", Experiment("bp", SMALL, **BP))
-    assert len(folder.metrics()) == 1
+@NETWORKS
+def test_a_captured_step_gives_the_same_bits(network, monkeypatch):
+    plain, captured = trainer(network), trainer(network)
+    with recording(monkeypatch) as graphs:
+        captured.capture()
+    (graph,) = graphs
+    graph.step = captured._step  # what the recording would hold
+    assert graph.generators == [captured.generator]
+    # The steps before and during the recording left no trace.
+    assert outcome(captured) == outcome(plain)
+    steps(plain), steps(captured)
+    assert graph.launches == 20
+    assert outcome(captured) == outcome(plain)
+    assert captured.evaluate() == plain.evaluate()
 
 
-def test_a_diverged_run_that_was_killed_before_its_end_does_not_train_on(tmp_path):
-    folder = interrupted(tmp_path / "run", 2)
-    first, second = folder.metrics()
-    folder.write_metrics([first, {**second, "train_loss": None}])
-    run(tmp_path / "run", Experiment("bp", SMALL, **BP))
-    assert len(folder.metrics()) == 2 and (folder.path / "state.pt").exists()
+def test_a_recording_that_fails_leaves_no_trace_either(monkeypatch):
+    plain, captured = trainer(FC), trainer(FC)
+    with recording(monkeypatch, fail=True), pytest.raises(RuntimeError, match="not permitted"):
+        captured.capture()
+    steps(plain), steps(captured)
+    assert outcome(captured) == outcome(plain)
+
+
+def test_streamed_data_is_not_captured(monkeypatch):
+    monkeypatch.setattr(Part, "resident", lambda self, device: None)
+    with pytest.raises(RuntimeError, match="streamed"):
+        trainer(FC).capture()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@NETWORKS
+def test_a_cuda_graph_gives_the_results_of_single_launches(network):
+    plain, captured = trainer(network, "cuda"), trainer(network, "cuda")
+    with torch.cuda.stream(torch.cuda.Stream()):
+        captured.capture()
+        steps(captured)
+    torch.cuda.synchronize()
+    steps(plain)
+    for (name, ours), theirs in zip(
+        captured.model.state_dict().items(), plain.model.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@NETWORKS
+def test_no_step_waits_for_the_device(network, monkeypatch):
+    one, waits = trainer(network), []
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__"):
+
+        def fetch(tensor, *args, name=name, original=getattr(torch.Tensor, name)):
+            waits.append(name)
+            return original(tensor, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, fetch)
+    one.begin(1)
+    for _ in range(len(one.batches)):
+        one.step()
+    assert waits == []
+    one.training_totals()
+    assert waits == ["tolist"]  # once an epoch
+    one.evaluate()
+    assert waits == ["tolist"] * 2
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_runs_side_by_side_give_what_each_gives_alone(device):
+    def work(job):
+        network, seed = job
+        stream = torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else threading.Lock()
+        with stream:
+            one = trainer(network, device, seed)
+            if device == "cuda":
+                one.capture()
+            steps(one, 30)
+            alignment = {layer: c.tolist() for layer, c in one.alignment().items()}
+            steps(one, 10)
+            return outcome(one), one.evaluate(), alignment
+
+    jobs = [(network, seed) for network in (FC, CNN, BOTTLENECK) for seed in (0, 1)]
+    alone = [work(job) for job in jobs]
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        together = list(pool.map(work, jobs))
+    assert together == alone
+    assert all(a[0] != b[0] for a, b in zip(alone[::2], alone[1::2]))
+
+
+def test_training_totals_weigh_all_samples_alike():
+    one = trainer(replace(FC, dropout_input=0, dropout_fc=0, batchnorm=False), batch_size=9)
+    for module in one.model.modules():
+        if isinstance(module, Linear):
+            module.learning_rate = 0.0
+    one.begin(1)
+    taken = list(one.batches.epoch(1))
+    one.begin(1)
+    for _ in range(len(one.batches)):
+        one.step()
+    x, y = (torch.cat(tensors) for tensors in zip(*taken))
+    assert len(x) == 81
+    log_p = one.model(x).detach().double().log_softmax(1)
+    loss, accuracy = one.training_totals()
+    assert loss == pytest.approx(-log_p[torch.arange(81), y].mean().item(), rel=1e-6)
+    assert accuracy == pytest.approx(100 * (log_p.argmax(1) == y).double().mean().item())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@NETWORKS
+def test_bf16_stays_close_to_float32(network, device):
+    exact, mixed = trainer(network, device), trainer(network, device, precision="bf16")
+    start = {name: p.detach().clone() for name, p in exact.model.named_parameters()}
+    steps(exact, 1), steps(mixed, 1)
+    for name, p in mixed.model.named_parameters():
+        assert p.dtype == torch.float32
+        wanted = exact.model.get_parameter(name).detach() - start[name]
+        got = p.detach() - start[name]
+        if "lin" in name and name.endswith("weight"):
+            assert (got - wanted).norm() < 0.1 * wanted.norm() > 0, name
+    assert abs(mixed.evaluate()[0] - exact.evaluate()[0]) < 0.05

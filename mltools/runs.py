@@ -1,0 +1,205 @@
+"""One run from its start to its end, on disk: epochs, checkpoints, logs."""
+
+import json
+import platform
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mltools.data import DataSet
+from mltools.errors import UserError
+from mltools.logs import epoch_lines
+from mltools.results import RunFolder, diverged, rounded
+from mltools.training import Experiment, Trainer
+
+
+def train(
+    experiment: Experiment,
+    data: DataSet,
+    folder: RunFolder,
+    settings: dict,
+    device: torch.device,
+    report: Callable[[str], None],
+    epoch_ended: Callable[[dict], None],
+    stop: threading.Event,
+) -> None:
+    """Trains one network from one seed, or goes on where the folder's checkpoint stands.
+
+    Several threads may do so at once, each with a folder of its own.
+
+    Args:
+        experiment: the row.
+        data: its images.
+        folder: where results go.
+        settings: what `config.json` keeps, see `Trainer`; of these `epochs` is used here.
+        device: where to train.
+        report: takes the lines of the log, those on alignment aside.
+        epoch_ended: called with the metrics of every epoch, once it is on disk.
+        stop: when it is set, the run ends after the batch under way, with a checkpoint.
+
+    Raises UserError if the folder's files do not fit together, or the data does not fit the run.
+    """
+    with _stream(device):
+        trainer = Trainer(experiment, data, settings, device)
+        with folder.locked():
+            if folder.complete():  # by another process, meanwhile
+                return
+            folder.start(settings, environment(device))
+            name = f"{experiment.name} seed {settings['seed']}"
+
+            def log(line: str) -> None:
+                folder.log(f"{name}: {line}")
+                report(f"{name}: {line}")
+
+            if _train(trainer, folder, settings, log, epoch_ended, stop):
+                folder.write("state.pt", partial(torch.save, trainer.model.state_dict()))
+                (folder.path / "checkpoint.pt").unlink(missing_ok=True)
+
+
+def _train(
+    trainer: Trainer,
+    folder: RunFolder,
+    settings: dict,
+    log: Callable[[str], None],
+    epoch_ended: Callable[[dict], None],
+    stop: threading.Event,
+) -> bool:
+    """All epochs that are left; whether it came to the end, and was not stopped."""
+    epochs, device = settings["epochs"], trainer.device
+    epoch, batch, seconds = _resume(trainer, folder)
+    if epoch or batch:
+        log(f"going on after epoch {epoch}" + (f", batch {batch}" if batch else ""))
+    else:
+        log(f"{epochs} epochs of {settings['dataset']} on {device}")
+        folder.log(f"settings {json.dumps(settings)}")
+    if device.type == "cuda":
+        try:
+            trainer.capture()
+        except RuntimeError as error:
+            log(f"no CUDA graph, steps are launched one by one ({_line(error)})")
+
+    while epoch < epochs and not any(map(diverged, folder.metrics()[-1:])):
+        start = time.perf_counter() - seconds
+        trainer.begin(epoch + 1, batch)
+        while batch < len(trainer.batches):
+            if stop.is_set():
+                _save(trainer, folder, epoch, batch, time.perf_counter() - start)
+                return False
+            trainer.step()
+            batch += 1
+        epoch, batch, seconds = epoch + 1, 0, 0.0
+        train_loss, train_accuracy = trainer.training_totals()
+        test_loss, test_accuracy = trainer.evaluate()
+        cosines = trainer.alignment()
+        metrics = {
+            "epoch": epoch,
+            "train_loss": rounded(train_loss),
+            "train_accuracy": rounded(train_accuracy),
+            "test_loss": rounded(test_loss),
+            "test_accuracy": rounded(test_accuracy),
+            "alignment": {
+                layer: {"mean": rounded(c.mean()), "std": rounded(c.std(ddof=1))}
+                for layer, c in cosines.items()
+            },
+            "seconds": round(time.perf_counter() - start, 3),
+        }
+        # The log first: a kill can make it say an epoch twice, but not skip one.
+        folder.log(*epoch_lines(metrics, epochs))
+        folder.add_epoch(metrics, cosines)
+        _save(trainer, folder, epoch)  # now the epoch counts
+        epoch_ended(metrics)
+        if diverged(metrics):
+            log(f"diverged in epoch {epoch}, stopped")
+    if device.type == "cuda":
+        megabytes = torch.cuda.max_memory_allocated(device) / 1e6
+        log(f"at most {megabytes:.0f} MB of GPU memory allocated, by all runs so far together")
+    return True
+
+
+def _resume(trainer: Trainer, folder: RunFolder) -> tuple[int, int, float]:
+    """Takes up the folder's checkpoint, and forgets what was put down after it.
+
+    Returns: epochs finished, batches done in the next one, and the seconds that these took.
+    """
+    path = folder.path / "checkpoint.pt"
+    checkpoint = load_checkpoint(path)
+    if checkpoint is None:
+        folder.rewind(0)
+        return 0, 0, 0.0
+    if checkpoint["device"] != trainer.device.type:
+        raise UserError(
+            f"{folder.path} was begun on {checkpoint['device']}: go on there, with --device"
+        )
+    try:
+        trainer.load_state_dict(checkpoint)
+    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} does not fit this run ({_line(error)}): move it away") from None
+    epoch = checkpoint["epoch"]
+    folder.rewind(epoch)
+    if len(folder.metrics()) < epoch:
+        raise UserError(
+            f"{folder.path}: metrics.jsonl lacks epochs before the checkpoint's, {epoch}: "
+            "bring them back with log_retrieval.py, or move the folder away"
+        )
+    return epoch, checkpoint["batch"], checkpoint["seconds"]
+
+
+def _save(
+    trainer: Trainer, folder: RunFolder, epoch: int, batch: int = 0, seconds: float = 0.0
+) -> None:
+    checkpoint = {
+        "epoch": epoch,
+        "batch": batch,
+        "seconds": seconds,
+        "device": trainer.device.type,
+        **trainer.state_dict(),
+    }
+    folder.write("checkpoint.pt", partial(torch.save, checkpoint))
+
+
+def _stream(device: torch.device) -> AbstractContextManager:
+    """On CUDA a stream of the run's own, so that the runs of other threads go on beside it."""
+    if device.type != "cuda":
+        return nullcontext()
+    return torch.cuda.stream(torch.cuda.Stream(device))
+
+
+def _line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def load_checkpoint(path: Path) -> dict | None:
+    """Reads a checkpoint, where there is one. Raises UserError if it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds for a damaged file
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} cannot be read ({reason}): move its folder away") from None
+
+
+def environment(device: torch.device) -> dict:
+    """Versions, device and source of a run, for `config.json`."""
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
+        ).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        commit = None  # no git, or not a checkout: the run is as good
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "commit": commit,
+    }
