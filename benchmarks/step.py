@@ -21,22 +21,16 @@ In the CNN, max-pooling and Tanh, which both methods need, take about half of th
 """
 
 import argparse
-import os
-import platform
 import statistics
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from harness import in_turns, machine, products
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dfatools import DFALayer, dfa_from_bp  # noqa: E402
+from dfatools import dfa_from_bp
 
 BATCH = 128
-WARM_UP = 5  # steps
 
 
 def fc(hidden_layers: int) -> nn.Sequential:
@@ -62,29 +56,6 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Sequential], tuple[int, ...]]] = {
 }
 
 
-def allowed_ratio(model: nn.Sequential, x: Tensor) -> float:
-    """DFA's multiply-adds in matrix products over BP's, counted from the layers' shapes."""
-    forward: list[int] = []  # of each weight layer, for one sample
-    fed: list[int] = []  # size of each feedback point
-
-    def count(module: nn.Module, args: tuple, output: Tensor) -> None:
-        if isinstance(module, DFALayer):
-            fed.append(output[0].numel())
-        elif isinstance(module, (nn.Linear, nn.Conv2d)):
-            forward.append(module.weight.numel() * output[0, 0].numel())
-
-    hooks = [module.register_forward_hook(count) for module in model]
-    with torch.no_grad():
-        outputs = model(x[:1]).numel()
-    for hook in hooks:
-        hook.remove()
-    # The gradient of a layer's weights costs as much as its forward pass, and so does that of its
-    # input, which BP needs for all layers but the first, and DFA for none.
-    bp = 2 * sum(forward) + sum(forward[1:])
-    dfa = 2 * sum(forward) + outputs * max(fed)
-    return dfa / bp
-
-
 def training_step(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], None]:
     optimizer = torch.optim.SGD(model.parameters(), lr=5e-4)
 
@@ -96,15 +67,6 @@ def training_step(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], None]:
     return step
 
 
-def seconds(step: Callable[[], None], device: torch.device) -> float:
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    step()
-    synchronize()
-    return time.perf_counter() - start
-
-
 def compare(name: str, device: torch.device, steps: int) -> str:
     build, shape = NETWORKS[name]
     torch.manual_seed(0)
@@ -112,24 +74,14 @@ def compare(name: str, device: torch.device, steps: int) -> str:
     dfa = dfa_from_bp(bp)
     x = torch.randn(BATCH, *shape, device=device)
     y = torch.randint(10, (BATCH,), device=device)
-    allowed = allowed_ratio(dfa, x)
-    methods = [training_step(bp, x, y), training_step(dfa, x, y)]
-    pairs = [[seconds(step, device) for step in methods] for _ in range(WARM_UP + steps)][WARM_UP:]
-    bp_ms, dfa_ms = (1000 * statistics.median(column) for column in zip(*pairs))
-    low, ratio, high = statistics.quantiles([dfa / bp for bp, dfa in pairs], n=4)
+    (bp_count, _), (dfa_count, _) = products(bp, x), products(dfa, x)
+    allowed = dfa_count / bp_count
+    times = in_turns([training_step(bp, x, y), training_step(dfa, x, y)], steps, device)
+    bp_ms, dfa_ms = (1000 * statistics.median(column) for column in times)
+    low, ratio, high = statistics.quantiles([dfa / bp for bp, dfa in zip(*times)], n=4)
     return (
         f"{name:8} {bp_ms:8.2f} {dfa_ms:8.2f} {ratio:8.3f} ({low:.3f} to {high:.3f}) {allowed:8.3f}"
     )
-
-
-def hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def main() -> None:
@@ -143,10 +95,7 @@ def main() -> None:
         parser.error("--steps: at least 2")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    print(
-        f"{hardware(args.device)}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads, "
-        f"PyTorch {torch.__version__}, Python {platform.python_version()}"
-    )
+    print(machine(args.device))
     print(
         f"{'network':8} {'BP ms':>8} {'DFA ms':>8} {'DFA / BP':>8} {'quartiles':>16} {'allowed':>8}"
     )

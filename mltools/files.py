@@ -1,6 +1,7 @@
 """Writing files that are there whole or not at all."""
 
 import os
+import re
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -21,3 +22,10 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what `write_atomically` has left in a folder where it was killed."""
+    for path in folder.iterdir():
+        if re.fullmatch(r"\..+\.[0-9a-f]{32}", path.name):
+            path.unlink(missing_ok=True)

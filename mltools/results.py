@@ -25,7 +25,7 @@ from typing import BinaryIO
 import numpy as np
 
 from mltools.errors import UserError
-from mltools.files import write_atomically
+from mltools.files import remove_leftovers, write_atomically
 
 KEYS = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy")
 
@@ -139,6 +139,7 @@ class RunFolder:
     def start(self, settings: dict, environment: dict) -> None:
         """Makes the folder and its `config.json`, if they are not there."""
         self.path.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.path)
         if self.config() is None:
             config = {"settings": settings, "environment": environment}
             text = json.dumps(config, indent=2) + "\n"

@@ -122,13 +122,17 @@ class Trainer:
 
     def _step(self) -> None:
         x, y = self.batches.take()
+        self._totals += _totals(*self.learn(x, y), y)
+
+    def learn(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Forward pass, backward pass and update on one batch; returns its output and mean loss."""
         self._optimizer.zero_grad()
         with self._autocast:
             output = self.model(x)
             loss = F.cross_entropy(output, y)
         loss.backward()
         self._optimizer.step()
-        self._totals += _totals(output.detach(), loss.detach(), y)
+        return output.detach(), loss.detach()
 
     def training_totals(self) -> tuple[float, float]:
         """The mean loss and the running accuracy in percent of the epoch that has ended."""

@@ -1,0 +1,166 @@
+"""Times one epoch as the scripts run it, against the plain loop that people write.
+
+    python benchmarks/epoch.py                                the paper's two networks, on random images
+    python benchmarks/epoch.py --networks fc --epochs 5
+    python benchmarks/epoch.py --device cuda
+
+An epoch is 390 training steps on 50,000 images, the evaluation on 10,000, the alignment of 128, and
+the files. The plain loop is around the very same step: a torchvision data set whose images are
+decoded, converted and normalised one by one in a `DataLoader` (of `--workers` processes), and
+`.item()` after every batch. The two take turns, epoch by epoch.
+
+    epoch      seconds, and as a ratio to the plain loop's
+    outside    the share of it that is not the steps' own arithmetic: all but forward pass, backward
+               pass and update, timed by themselves on one batch
+    step       milliseconds, as a ratio to the step's bare matrix products and convolutions (same
+               shapes, same calls), and to their number at the rate of one large matrix product
+"""
+
+import argparse
+import resource
+import statistics
+import tempfile
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from harness import (
+    in_turns,
+    machine,
+    median_ratio,
+    products,
+    rate_of_a_large_product,
+    seconds,
+    write_random_images,
+)
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mltools.data import DATASETS, DataSet, import_torchvision, load
+from mltools.networks import Network
+from mltools.results import RunFolder
+from mltools.runs import train
+from mltools.training import Experiment, Trainer
+
+BATCH = 128
+STEPS = 100  # that are timed by themselves
+
+
+class Images(Dataset):
+    """As torchvision's own CIFAR-10: a uint8 array, of which each image is made a PIL image."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        import_torchvision()
+        from torchvision import transforms
+
+        info = DATASETS["CIFAR-10"]
+        self.images, self.labels = images.permute(0, 2, 3, 1).numpy(), labels.tolist()
+        self.transform = transforms.Compose(
+            [transforms.ToTensor(), transforms.Normalize(info.mean, info.std)]
+        )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        from PIL import Image
+
+        return self.transform(Image.fromarray(self.images[index])), self.labels[index]
+
+
+def plain_epoch(trainer: Trainer, data: DataSet, workers: int) -> None:
+    device = trainer.device
+    common = {"num_workers": workers, "pin_memory": device.type == "cuda"}
+    train_set, test_set = (Images(*part.dataset.tensors) for part in (data.train, data.test))
+    loss_sum, correct = 0.0, 0
+    trainer.model.train()
+    for x, y in DataLoader(train_set, BATCH, shuffle=True, drop_last=True, **common):
+        x, y = x.to(device), y.to(device)
+        output, loss = trainer.learn(x, y)
+        loss_sum += loss.item() * len(y)
+        correct += (output.argmax(1) == y).sum().item()
+    trainer.model.eval()
+    with torch.no_grad():
+        for x, y in DataLoader(test_set, BATCH, **common):
+            x, y = x.to(device), y.to(device)
+            output = trainer.model(x)
+            loss_sum += torch.nn.functional.cross_entropy(output, y).item() * len(y)
+            correct += (output.argmax(1) == y).sum().item()
+    trainer.alignment()
+
+
+def measure(name: str, data: DataSet, device: torch.device, epochs: int, workers: int) -> str:
+    experiment = Experiment(name, Network(name), reduction="sum", learning_rate=5e-4)
+    settings = {
+        "experiment": asdict(experiment), "seed": 0, "dataset": data.name, "epochs": 1 + epochs,
+        "batch_size": BATCH, "feedback_placement": "release", "precision": "float32",
+    }  # fmt: skip
+    plain = Trainer(experiment, data, settings, device)
+    x, y = (tensor[:BATCH] for tensor in data.train.resident(device))
+    count, works = products(plain.model, x)
+
+    def bare() -> None:
+        for work in works:
+            work()
+
+    ours, theirs, steps, bares = [], [], [], []
+    since = time.perf_counter()
+
+    def epoch_ended(metrics: dict) -> None:
+        nonlocal since
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        own = time.perf_counter() - since
+        if metrics["epoch"] > 1:  # the first one sets up
+            ours.append(own)
+            theirs.append(seconds(lambda: plain_epoch(plain, data, workers), device))
+            plain.model.train()
+            step, products_alone = in_turns([lambda: plain.learn(x, y), bare], STEPS, device)
+            steps.extend(step), bares.extend(products_alone)
+        since = time.perf_counter()
+
+    with tempfile.TemporaryDirectory() as folder:
+        torch.cuda.reset_peak_memory_stats() if device.type == "cuda" else None
+        train(
+            experiment, data, RunFolder(Path(folder) / "run"), settings, device,
+            lambda line: None, epoch_ended, threading.Event(),
+        )  # fmt: skip
+    epoch, step = statistics.median(ours), statistics.median(steps)
+    batches = len(data.train) // BATCH
+    outside = 1 - batches * step / epoch
+    bound = count / rate_of_a_large_product(device)
+    if device.type == "cuda":
+        memory = f"{torch.cuda.max_memory_allocated() / 1e6:.0f} MB of GPU memory (both loops)"
+    else:
+        memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3:.0f} MB (the process)"
+    return (
+        f"{name}: epoch {epoch:.2f} s, {median_ratio(ours, theirs):.2f} of the plain loop's "
+        f"{statistics.median(theirs):.2f} s; {batches * BATCH / epoch:.0f} images/s; "
+        f"outside {100 * outside:.0f} %\n"
+        f"{'':{len(name) + 1}} step {1000 * step:.2f} ms, {median_ratio(steps, bares):.2f} of its "
+        f"bare products, {step / bound:.2f} of their number at the rate of a large one; {memory}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--threads", type=int, help="of the CPU; default: PyTorch's choice")
+    parser.add_argument("--epochs", type=int, default=3, help="of each loop, beside a first one")
+    parser.add_argument("--workers", type=int, default=0, help="of the plain loop's DataLoader")
+    parser.add_argument("--networks", nargs="+", choices=("fc", "cnn"), default=("fc", "cnn"))
+    args = parser.parse_args()
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    print(machine(args.device))
+    with tempfile.TemporaryDirectory() as folder:
+        write_random_images(Path(folder) / "cifar10.npz")
+        data = load("CIFAR-10", folder)
+    for name in args.networks:
+        print(measure(name, data, args.device, args.epochs, args.workers), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""What the benchmarks share: the machine, the clock, and the arithmetic that a step cannot avoid."""
+
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from dfatools import DFA, DFALayer  # noqa: E402
+
+WARM_UP = 5  # calls that are not counted
+
+
+def machine(device: torch.device) -> str:
+    """The hardware, the threads and the versions, in a line."""
+    return (
+        f"{_processor(device)}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads, "
+        f"PyTorch {torch.__version__}, Python {platform.python_version()}"
+    )
+
+
+def _processor(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """How long a call takes, the device's part included."""
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    work()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def in_turns(
+    works: Sequence[Callable[[], object]], repeats: int, device: torch.device
+) -> list[list[float]]:
+    """Calls each work in turn, so that whatever else the machine does slows all; seconds of each."""
+    rows = [[seconds(work, device) for work in works] for _ in range(WARM_UP + repeats)]
+    return [list(column) for column in zip(*rows[WARM_UP:])]
+
+
+def median_ratio(times: Sequence[float], against: Sequence[float]) -> float:
+    """The median over neighbours in time."""
+    return statistics.median(a / b for a, b in zip(times, against, strict=True))
+
+
+def products(model: nn.Sequential, x: Tensor) -> tuple[int, list[Callable[[], object]]]:
+    """The matrix products and convolutions of a training step, and nothing else of it.
+
+    Args:
+        model: a plain Sequential or one with feedback points.
+        x: a batch of N images.
+
+    Returns: their multiply-adds, and a function for each that does it, on tensors of the step's
+    shapes, into memory that is there already where PyTorch offers it.
+    """
+    count = 0
+    works: list[Callable[[], object]] = []
+    fed = []  # size of each feedback point
+
+    def note(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        nonlocal count
+        inner = args[0].detach()
+        sent = torch.randn_like(output)
+        if isinstance(module, DFALayer):
+            fed.append(inner[0].numel())
+        elif isinstance(module, DFA):
+            matrix = module.feedback_matrix[:, : max(fed)]
+            count += matrix.numel() * len(x)
+            works.append(_product(sent, matrix))
+        elif isinstance(module, (nn.Linear, nn.Conv2d)):
+            needs = args[0].requires_grad
+            # Forward, gradient of the weight, and gradient of the input where it is needed.
+            count += (2 + needs) * module.weight.numel() * output[:, 0].numel()
+            if isinstance(module, nn.Linear):
+                works.append(_product(inner, module.weight.detach().t()))
+                works.append(_product(sent.t(), inner))
+                if needs:
+                    works.append(_product(sent, module.weight.detach()))
+            else:
+                works.append(lambda: F.conv2d(inner, module.weight.detach(), None, 1, module.padding))
+                works.append(lambda: _convolution_backward(module, sent, inner, needs))
+
+    hooks = [module.register_forward_hook(note) for module in model]
+    model(x)
+    for hook in hooks:
+        hook.remove()
+    return count, works
+
+
+def _product(a: Tensor, b: Tensor) -> Callable[[], object]:
+    out = a.new_empty(a.shape[0], b.shape[1])
+    return lambda: torch.mm(a, b, out=out)
+
+
+def _convolution_backward(module: nn.Conv2d, sent: Tensor, inner: Tensor, needs: bool) -> object:
+    return torch.ops.aten.convolution_backward(
+        sent, inner, module.weight.detach(), None, (1, 1), module.padding, (1, 1), False, (0, 0), 1,
+        (needs, True, False),
+    )  # fmt: skip
+
+
+def rate_of_a_large_product(device: torch.device) -> float:
+    """Multiply-adds per second of a product of two square float32 matrices."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, size, size, device=device)
+    out = torch.empty_like(a)
+    (times,) = in_turns([lambda: torch.mm(a, b, out=out)], 10, device)
+    return size**3 / statistics.median(times)
+
+
+def write_random_images(path: Path) -> None:
+    """A data set of CIFAR-10's size, for benchmarks that need no real one."""
+    random = np.random.default_rng(0)
+    arrays = {}
+    for half, count in (("train", 50_000), ("test", 10_000)):
+        arrays[f"x_{half}"] = random.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+        arrays[f"y_{half}"] = random.integers(0, 10, count, dtype=np.uint8)
+    np.savez(path, **arrays)

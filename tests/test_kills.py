@@ -1,0 +1,113 @@
+"""Runs that are killed at any instant, and end as if nothing had been.
+
+Real training processes, killed in the middle of their writes and at random times. `DFA_SOAK=<n>`
+multiplies the number of kills.
+"""
+
+import itertools
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections import Counter
+
+import faults
+import pytest
+import torch
+
+from mltools.results import RunFolder
+
+KILLS = 25 * int(os.environ.get("DFA_SOAK", "1"))
+EPOCHS = 3
+SCENARIOS = {
+    "fc-dropout": ("best_practices", ("--experiments", "fc-dropout-0.1-0.5")),
+    "fc-batchnorm": ("best_practices", ("--experiments", "fc-batchnorm")),
+    "cnn": ("best_practices", ("--experiments", "cnn-dropout-0.1-0.1")),
+    "bottleneck": ("bottleneck", ("--sizes", "118", "--init", "pai")),
+}
+SHARE = {"fc-dropout": 8, "fc-batchnorm": 7, "cnn": 2, "bottleneck": 8}  # of 25 kills
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Forks from a process that has imported everything: a start costs little."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["faults", "best_practices", "bottleneck"])
+    return context
+
+
+def start(processes, scenario, results, point, note):
+    script, arguments = SCENARIOS[scenario]
+    common = "--dataset Digits --seeds 3 --device cpu --batch-size 500 --quiet".split()
+    command = [*arguments, *common, "--epochs", str(EPOCHS), "--results-dir", str(results)]
+    process = processes.Process(target=faults.run, args=(script, command, results, point, note))
+    process.start()
+    return process
+
+
+def outcome(results):
+    """All that a sweep leaves but times, in comparable form."""
+    (path,) = results.glob("*/*/seed-3")
+    folder = RunFolder(path)
+    metrics = [{k: v for k, v in epoch.items() if k != "seconds"} for epoch in folder.metrics()]
+    angles = {layer: cosines.tolist() for layer, cosines in folder.angles().items()}
+    state = torch.load(path / "state.pt", weights_only=True)
+    weights = {name: tensor.tolist() for name, tensor in state.items()}
+    tables = {file.name: file.read_text() for file in sorted(results.glob("*/table.*"))}
+    files = sorted(file.name for file in path.iterdir())
+    return metrics, angles, weights, tables, files
+
+
+def finished_epochs(results):
+    """How far the checkpoint is, or the run if it has come to its end."""
+    for path in results.glob("*/*/seed-3"):
+        if (path / "checkpoint.pt").exists():
+            return torch.load(path / "checkpoint.pt", weights_only=True)["epoch"]
+        if (path / "state.pt").exists():
+            return EPOCHS
+    return 0
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_killed_at_any_instant_it_ends_as_if_nothing_had_been(processes, scenario, tmp_path):
+    note = tmp_path / "points"
+    began = time.monotonic()
+    process = start(processes, scenario, tmp_path / "whole", 0, note)
+    process.join()
+    duration = time.monotonic() - began
+    assert process.exitcode == 0
+    points = int(note.read_text())
+    note.unlink()
+    expected = outcome(tmp_path / "whole")
+    assert len(expected[0]) == EPOCHS
+
+    dice = random.Random(scenario)
+    kills = Counter()
+    quota = -(-KILLS * SHARE[scenario] // sum(SHARE.values()))
+    for results in (tmp_path / f"round-{i}" for i in itertools.count()):
+        reached, code = 0, None
+        while code != 0:
+            killing = kills.total() < quota
+            by_clock = killing and dice.random() < 0.3
+            point = dice.randint(1, points) if killing and not by_clock else 0
+            process = start(processes, scenario, results, point, note)
+            if by_clock:
+                process.join(dice.uniform(0, duration))
+                process.kill()
+            process.join()
+            code = process.exitcode
+            if code:
+                assert code == -signal.SIGKILL
+                kills["by the clock" if by_clock else note.read_text().strip()] += 1
+            note.unlink(missing_ok=True)
+            assert finished_epochs(results) >= reached, "an epoch that was finished is lost"
+            reached = finished_epochs(results)
+        assert outcome(results) == expected
+        if kills.total() >= quota:
+            break
+    print(f"{scenario}: {kills.total()} kills: {dict(kills)}")
+
+
+def test_the_shares_of_the_kills_are_all_of_them():
+    assert sum(SHARE.values()) == 25 and set(SHARE) == set(SCENARIOS)
