@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -200,21 +200,20 @@ def run(script: str, experiments: Iterable[Experiment], options: Options) -> Non
                 return
             name = f"{experiment.name} seed {settings['seed']}"
             epoch_ended = partial(progress.epoch_ended, name, options.epochs)
-            train(experiment, data, folder, settings, device, progress.line, epoch_ended, stop)
+            try:
+                train(experiment, data, folder, settings, device, progress.line, epoch_ended, stop)
+            except BaseException:
+                stop.set()  # an error ends the others as Ctrl-C does
+                raise
             progress.run_ended()
 
         with _threads_shared(options), ThreadPoolExecutor(options.at_once()) as pool:
             with _stopped_by_signals(stop):
                 futures = [pool.submit(one, *run) for run in todo]
-                try:
-                    for future in as_completed(futures):
-                        future.result()
-                finally:
-                    # An error ends the others as Ctrl-C does.
-                    interrupted = stop.is_set()
-                    stop.set()
-                    wait(futures)
-    if interrupted:
+                wait(futures)
+    for future in futures:
+        future.result()
+    if stop.is_set():
         raise KeyboardInterrupt
 
 
