@@ -20,8 +20,12 @@ from mltools.results import RunFolder
 ROOT = Path(bottleneck.__file__).parent
 OUTPUTS = [
     *(f"table.{kind}" for kind in ("md", "csv", "tex")),
-    *(f"{what}{against}.{kind}" for what in ("alignment", "accuracy")
-      for against in ("", "-epochs") for kind in ("png", "pdf")),
+    *(
+        f"{what}{against}.{kind}"
+        for what in ("alignment", "accuracy")
+        for against in ("", "-epochs")
+        for kind in ("png", "pdf")
+    ),
 ]
 
 

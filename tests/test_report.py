@@ -1,4 +1,4 @@
-"""report.html: one whole page that holds all there is, needs nothing else, and leads to each run."""
+"""report.html: a whole page that holds all there is, needs nothing else, and leads to each run."""
 
 import base64
 from html.parser import HTMLParser
@@ -16,7 +16,7 @@ SETTINGS = {
     "dataset": "tiny",
     "epochs": 3,
 }
-HOSTILE = '<b>&"\'x'
+HOSTILE = "<b>&\"'x"
 
 
 class Page(HTMLParser):
