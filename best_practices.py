@@ -3,17 +3,21 @@
     python best_practices.py                                    the paper: CIFAR-10, 10 seeds
     python best_practices.py --experiments fc-tanh --seeds 0    one run
     python best_practices.py --dataset Digits --epochs 5        no data set needed
-    python best_practices.py --tables-only                      tables of what is there
+    python best_practices.py --tables-only                      tables, figures of what is there
 
-Results go to results/best_practices/<experiment>/seed-<n>/, the tables to results/best_practices/.
-What is finished is not run again; what was interrupted goes on where it stopped.
+Results go to results/best_practices/<experiment>/seed-<n>/, the tables, the figures and report.html
+to results/best_practices/. What is finished is not run again; what was interrupted goes on where it
+stopped.
 """
 
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+from mltools.figures import Figure, accuracy_figure, alignment_figure, curves, final_figure
 from mltools.networks import Network
+from mltools.report import write_html
+from mltools.results import RunFolder
 from mltools.sweep import Options, exit_code, folder_of, parse, run
 from mltools.tables import Table, protocols, reference_row, summarise, write_tables
 from mltools.training import Experiment
@@ -58,6 +62,11 @@ EXPERIMENTS = [
     Experiment("cnn-dropout-0.1-0.1", replace(CNN, dropout_input=0.1, dropout_fc=0.1), **DFA),
     Experiment("cnn-bp", CNN, **CNN_BP),
 ]
+# The tables: title, architecture, and the layers whose alignment is shown.
+ARCHITECTURES = [
+    ("Fully connected", "fc", ["act1", "act2", "act3"]),
+    ("Convolutional", "cnn", ["act1", "act2", "act3", "act4"]),
+]
 
 
 def main() -> None:
@@ -67,25 +76,55 @@ def main() -> None:
     )
     if not tables_only:
         run(SCRIPT, chosen, options)
-    print(write_tables(options.results_dir / SCRIPT, tables(chosen, options)))
+    folder, runs = options.results_dir / SCRIPT, runs_of(chosen, options)
+    made = tables(chosen, options)
+    print(write_tables(folder, made))
+    title = "Best practices for Direct Feedback Alignment"
+    write_html(folder, title, made, figures(chosen, made, runs, folder), runs)
+
+
+def runs_of(experiments: list[Experiment], options: Options) -> dict[str, list[RunFolder]]:
+    """For each row its runs, one per seed."""
+    return {
+        row.name: [folder_of(SCRIPT, row.name, seed, options) for seed in options.seeds]
+        for row in experiments
+    }
 
 
 def tables(experiments: list[Experiment], options: Options) -> list[Table]:
     """One table for each architecture, with what the 2019 release gives beside ours."""
-    result = []
-    for title, architecture, layers in [
-        ("Fully connected", "fc", ["act1", "act2", "act3"]),
-        ("Convolutional", "cnn", ["act1", "act2", "act3", "act4"]),
-    ]:
+    result, runs = [], runs_of(experiments, options)
+    for title, architecture, layers in ARCHITECTURES:
         rows = []
         for experiment in experiments:
             if experiment.network.architecture == architecture:
-                folders = [folder_of(SCRIPT, experiment.name, s, options) for s in options.seeds]
-                rows.append(summarise(experiment.name, folders))
+                rows.append(summarise(experiment.name, runs[experiment.name]))
                 rows += reference_row(rows[-1], RELEASE, "2019 release")
         if rows:
             result.append(Table(f"{title}: {protocols(rows)}", rows, layers))
     return result
+
+
+def figures(
+    experiments: list[Experiment],
+    tables: list[Table],
+    runs: dict[str, list[RunFolder]],
+    folder: Path,
+) -> list[Figure]:
+    """Where alignment ends, and how each architecture gets there."""
+    made = [final_figure(tables, folder / "alignment")]
+    for title, architecture, layers in ARCHITECTURES:
+        rows = {
+            experiment.name: curves(runs[experiment.name])
+            for experiment in experiments
+            if experiment.network.architecture == architecture
+        }
+        if rows:
+            made += [
+                alignment_figure(rows, layers, title, folder / f"{architecture}-alignment-epochs"),
+                accuracy_figure(rows, title, folder / f"{architecture}-accuracy-epochs"),
+            ]
+    return [figure for figure in made if figure]
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
     python bottleneck.py --kind width                 a really narrow layer instead
     python bottleneck.py --tables-only                table and figures of what is there
 
-Results go to results/bottleneck/<experiment>/seed-<n>/, the table and the figures to
+Results go to results/bottleneck/<experiment>/seed-<n>/, the table, the figures and report.html to
 results/bottleneck/. What is finished is not run again; what was interrupted goes on.
 """
 

@@ -3,8 +3,9 @@
     python bottleneck_from_log.py results/bottleneck            results, original or retrieved
     python bottleneck_from_log.py LOG [LOG ...] --output DIR    logs, ours or the 2019 release's
 
-Writes table.md, table.csv, table.tex, alignment.png, alignment.pdf, accuracy.png and accuracy.pdf
-into DIR; without --output into the results folder given first.
+Writes table.md, table.csv, table.tex, the figures as PNG and PDF (alignment and accuracy, against
+the size; alignment-epochs and accuracy-epochs) and report.html, which holds all of them, into DIR;
+without --output into the results folder given first.
 """
 
 import argparse
@@ -16,7 +17,17 @@ from pathlib import Path
 
 from log_retrieval import restore, retrieve
 from mltools.errors import UserError
-from mltools.figures import Series, sweep_figure
+from mltools.figures import (
+    COSINE,
+    Curves,
+    Figure,
+    Panel,
+    Series,
+    curves,
+    epochs_figure,
+    sweep_figure,
+)
+from mltools.report import write_html
 from mltools.results import RunFolder
 from mltools.tables import Row, Table, protocols, reference_row, summarise, write_tables
 
@@ -27,11 +38,12 @@ KINDS = {
 }
 INITS = {"std": "standard init", "pai": "pre-alignment"}
 LAYERS = ["act1", "act2", "act3"]
+SIZE = "bottleneck size"
 BOTTLENECK = "act2"  # the output of the bottleneck layer
 
 
 def write_report(runs: Mapping[str, Sequence[RunFolder]], folder: Path) -> str:
-    """Writes the tables and the figures, and returns the tables in Markdown.
+    """Writes the tables, the figures and report.html, and returns the tables in Markdown.
 
     Args:
         runs: for each row, called `[width-]<init>-<size>`, its runs, one per seed.
@@ -39,7 +51,7 @@ def write_report(runs: Mapping[str, Sequence[RunFolder]], folder: Path) -> str:
 
     Raises UserError if none of the rows is a bottleneck's, or if a result is damaged.
     """
-    tables = []
+    tables, figures, shown = [], [], {}
     for prefix, title in KINDS.items():
         named = {name: _size(name, prefix) for name in runs}
         found = [name for name, size in named.items() if size]
@@ -51,10 +63,16 @@ def write_report(runs: Mapping[str, Sequence[RunFolder]], folder: Path) -> str:
         if rows:
             both = [row for one in rows for row in (one, *_beside(one, published))]
             tables.append(Table(f"{title}: {protocols(rows)}", both, LAYERS))
-            _figures(rows, published, prefix, title, folder)
+            figures += _figures(rows, published, prefix, title, folder)
+            shown |= {name: runs[name] for name in found}
+            courses = {name: curves(runs[name]) for name in found}
+            figures += _epochs_figures(courses, prefix, title, folder)
     if not tables:
         raise UserError("there is no run of a bottleneck: rows are called std-118, pai-118, ...")
-    return write_tables(folder, tables)
+    markdown = write_tables(folder, tables)
+    title = "The bottleneck effect in Direct Feedback Alignment"
+    write_html(folder, title, tables, [figure for figure in figures if figure], shown)
+    return markdown
 
 
 def _size(name: str, prefix: str) -> int | None:
@@ -66,7 +84,10 @@ def _beside(row: Row, published: list[Row]) -> list[Row]:
     return [other for other in published if other.name == f"{row.name}, published"]
 
 
-def _figures(rows: list[Row], published: list[Row], prefix: str, title: str, folder: Path) -> None:
+def _figures(
+    rows: list[Row], published: list[Row], prefix: str, title: str, folder: Path
+) -> list[Figure | None]:
+    """Alignment and accuracy against the size, the published ones beside ours."""
     alignment, accuracy = [], []
     for init, label in INITS.items():
         for source, source_label in ((rows, ""), (published, ", published")):
@@ -84,11 +105,40 @@ def _figures(rows: list[Row], published: list[Row], prefix: str, title: str, fol
                 accuracy.append(
                     Series(f"{label}, {half}{source_label}", spreads, **style, half=half)
                 )
-    axis = "bottleneck size"
-    sweep_figure(
-        alignment, title, axis, "cosine at the bottleneck layer", folder / f"{prefix}alignment"
-    )
-    sweep_figure(accuracy, title, axis, "accuracy (%)", folder / f"{prefix}accuracy")
+    cosine = "cosine at the bottleneck layer"
+    return [
+        sweep_figure(alignment, title, SIZE, cosine, folder / f"{prefix}alignment"),
+        sweep_figure(accuracy, title, SIZE, "accuracy (%)", folder / f"{prefix}accuracy"),
+    ]
+
+
+def _epochs_figures(
+    rows: dict[str, Curves], prefix: str, title: str, folder: Path
+) -> list[Figure | None]:
+    """Alignment and accuracy against epochs: the panels of an initialisation in a row."""
+    alignment, accuracy = [], []
+    for init, label in INITS.items():
+        sized = {
+            _size(name, prefix): row
+            for name, row in rows.items()
+            if name.startswith(f"{prefix}{init}-") and row.test
+        }
+        if sized:
+            aligned = {
+                layer: {size: row.alignment.get(layer, {}) for size, row in sized.items()}
+                for layer in LAYERS
+            }
+            halves = {
+                half: {size: getattr(row, half) for size, row in sized.items()}
+                for half in ("test", "train")
+            }
+            alignment.append([Panel(f"{label}, {layer}", aligned[layer]) for layer in LAYERS])
+            accuracy.append([Panel(f"{label}, {half}", halves[half], half) for half in halves])
+    stems = [folder / f"{prefix}{what}-epochs" for what in ("alignment", "accuracy")]
+    return [
+        epochs_figure(alignment, title, COSINE, stems[0], SIZE),
+        epochs_figure(accuracy, title, "accuracy (%)", stems[1], SIZE),
+    ]
 
 
 def runs_below(folder: Path) -> dict[str, list[RunFolder]]:

@@ -6,6 +6,7 @@ import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 
 from mltools.errors import UserError
@@ -155,6 +156,11 @@ class Table:
         body = "\n".join(f"| {line} |" for line in lines[1:])
         return f"### {self.title}\n\n| {lines[0]} |\n|{rule}|\n{body}\n"
 
+    def html(self) -> str:
+        """An HTML table."""
+        cells = [[escape(cell) for cell in line] for line in self.cells()]
+        return html_table(cells, escape(self.title))
+
     def latex(self) -> str:
         """A booktabs table."""
         header, *rows = [[_escape(cell) for cell in line] for line in self.cells()]
@@ -175,6 +181,27 @@ class Table:
                 "",
             ]
         )
+
+
+def html_table(lines: Sequence[Sequence[str]], caption: str) -> str:
+    """A table of cells that are HTML; the first line and the first column are headers."""
+    header, *rows = lines
+    head = "".join(f'<th scope="col">{cell}</th>' for cell in header)
+    body = [
+        f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in rest) + "</tr>"
+        for first, *rest in rows
+    ]
+    return "\n".join(
+        [
+            "<table>",
+            f"<caption>{caption}</caption>",
+            f"<thead><tr>{head}</tr></thead>",
+            "<tbody>",
+            *body,
+            "</tbody>",
+            "</table>",
+        ]
+    )
 
 
 def write_tables(folder: Path, tables: Sequence[Table]) -> str:

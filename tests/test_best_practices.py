@@ -83,12 +83,19 @@ def test_a_run_leaves_its_files_and_is_not_run_again(start, tmp_path):
         assert angles["act3"].shape == (1, 128) and (angles["lin4"] == 1).all()
     table = (results / "table.md").read_text()
     assert table in first.stdout and "fc-tanh/seed-0" in table
+    figures = {"alignment", "fc-alignment-epochs", "fc-accuracy-epochs"}
+    assert {path.stem for path in results.glob("*.png")} == figures
+    assert {path.stem for path in results.glob("*.pdf")} == figures
+    report = (results / "report.html").read_text()
+    assert report.count("<img ") == 3 and report.count(">finished<") == 4
 
     before = {file: file.stat().st_mtime_ns for file in results.glob("*/*/*")}
     for again in (options, [*options, "--tables-only"]):
         (results / "table.md").unlink()
+        (results / "report.html").unlink()
         assert start(best_practices.main, *again)[:2] == (0, table + "\n")
         assert (results / "table.md").read_text() == table
+        assert (results / "report.html").read_text() == report
         assert {file: file.stat().st_mtime_ns for file in results.glob("*/*/*")} == before
     assert first.stdout.count("epoch 1/1") == 4
 

@@ -20,7 +20,12 @@ from mltools.results import RunFolder
 ROOT = Path(bottleneck.__file__).parent
 OUTPUTS = [
     *(f"table.{kind}" for kind in ("md", "csv", "tex")),
-    *(f"{figure}.{kind}" for figure in ("alignment", "accuracy") for kind in ("png", "pdf")),
+    *(
+        f"{what}{against}.{kind}"
+        for what in ("alignment", "accuracy")
+        for against in ("", "-epochs")
+        for kind in ("png", "pdf")
+    ),
 ]
 
 
@@ -74,7 +79,7 @@ def sweep(tmp_path_factory):
 def test_a_sweep_leaves_its_files_and_is_not_run_again(sweep):
     folder, command, out = sweep
     assert {path.name for path in folder.iterdir()} == {
-        *OUTPUTS, "std-18", "std-800", "pai-18", "pai-800"
+        *OUTPUTS, "report.html", "std-18", "std-800", "pai-18", "pai-800"
     }  # fmt: skip
     assert (folder / "table.md").read_text() in out and "std-18/seed-0" in out
     before = {file: file.stat().st_mtime_ns for file in folder.glob("*/*/*")}
@@ -92,7 +97,7 @@ def test_lost_results_come_back_out_of_the_logs(sweep, tmp_path, monkeypatch, ca
     for path in lines:
         path.unlink()
         path.with_name("angles.npz").unlink()
-    for name in OUTPUTS:
+    for name in (*OUTPUTS, "report.html"):
         (folder / name).unlink()
     monkeypatch.setattr("sys.argv", ["log_retrieval.py", *logs, "--output", str(folder)])
     assert log_retrieval.main() == 0
@@ -106,6 +111,8 @@ def test_lost_results_come_back_out_of_the_logs(sweep, tmp_path, monkeypatch, ca
     assert bottleneck_from_log.main() == 0
     assert {name: (tmp_path / "out" / name).read_bytes() for name in before} == before
     assert (tmp_path / "out" / "accuracy.pdf").exists()
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert report.count("finished, out of a log") == 4 and "<a " not in report  # nowhere to lead
 
 
 def test_figures_from_logs_need_no_training_code(sweep):
@@ -266,7 +273,7 @@ def test_tables_only_makes_the_report_anew_and_trains_nothing(start, copied, mon
     code, out, _ = start(bottleneck.main, *options)
     assert code == 0 and out.strip() == before["table.md"].decode().strip()
     assert {name: (folder / name).read_bytes() for name in before} == before
-    assert {path.name for path in folder.iterdir()} == {*SWEPT, *OUTPUTS}
+    assert {path.name for path in folder.iterdir()} == {*SWEPT, *OUTPUTS, "report.html"}
 
 
 @pytest.mark.filterwarnings("error")
