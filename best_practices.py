@@ -18,7 +18,7 @@ from mltools.figures import Figure, accuracy_figure, alignment_figure, curves, f
 from mltools.networks import Network
 from mltools.report import write_html
 from mltools.results import RunFolder
-from mltools.sweep import Options, exit_code, folder_of, parse, run
+from mltools.sweep import Options, exit_code, parse, run, runs_of
 from mltools.tables import Table, protocols, reference_row, summarise, write_tables
 from mltools.training import Experiment
 
@@ -76,24 +76,16 @@ def main() -> None:
     )
     if not tables_only:
         run(SCRIPT, chosen, options)
-    folder, runs = options.results_dir / SCRIPT, runs_of(chosen, options)
-    made = tables(chosen, options)
+    folder, runs = options.results_dir / SCRIPT, runs_of(SCRIPT, chosen, options)
+    made = tables(chosen, runs)
     print(write_tables(folder, made))
     title = "Best practices for Direct Feedback Alignment"
     write_html(folder, title, made, figures(chosen, made, runs, folder), runs)
 
 
-def runs_of(experiments: list[Experiment], options: Options) -> dict[str, list[RunFolder]]:
-    """For each row its runs, one per seed."""
-    return {
-        row.name: [folder_of(SCRIPT, row.name, seed, options) for seed in options.seeds]
-        for row in experiments
-    }
-
-
-def tables(experiments: list[Experiment], options: Options) -> list[Table]:
+def tables(experiments: list[Experiment], runs: dict[str, list[RunFolder]]) -> list[Table]:
     """One table for each architecture, with what the 2019 release gives beside ours."""
-    result, runs = [], runs_of(experiments, options)
+    result = []
     for title, architecture, layers in ARCHITECTURES:
         rows = []
         for experiment in experiments:

@@ -16,7 +16,7 @@ from pathlib import Path
 from bottleneck_from_log import write_report
 from mltools.errors import UserError
 from mltools.networks import Network
-from mltools.sweep import Options, exit_code, folder_of, parse, run
+from mltools.sweep import Options, exit_code, parse, run, runs_of
 from mltools.training import Experiment
 
 # TODO: where the data is; what is not there is fetched.
@@ -84,11 +84,7 @@ def main() -> None:
     )
     if not tables_only:
         run(SCRIPT, chosen, options)
-    runs = {
-        row.name: [folder_of(SCRIPT, row.name, seed, options) for seed in options.seeds]
-        for row in chosen
-    }
-    print(write_report(runs, options.results_dir / SCRIPT))
+    print(write_report(runs_of(SCRIPT, chosen, options), options.results_dir / SCRIPT))
 
 
 if __name__ == "__main__":

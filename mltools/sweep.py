@@ -222,6 +222,16 @@ def folder_of(script: str, experiment: str, seed: int, options: Options) -> RunF
     return RunFolder(options.results_dir / script / experiment / f"seed-{seed}")
 
 
+def runs_of(
+    script: str, experiments: Iterable[Experiment], options: Options
+) -> dict[str, list[RunFolder]]:
+    """For each row its runs, one per seed."""
+    return {
+        row.name: [folder_of(script, row.name, seed, options) for seed in options.seeds]
+        for row in experiments
+    }
+
+
 def settings_of(experiment: Experiment, seed: int, options: Options) -> dict:
     """What a run's results depend on; two runs with the same settings give the same results."""
     return {

@@ -13,7 +13,7 @@ import torch
 
 import best_practices
 from mltools.data import import_torchvision, load
-from mltools.sweep import Options, folder_of, settings_of
+from mltools.sweep import Options, folder_of, runs_of, settings_of
 from mltools.training import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -190,7 +190,8 @@ def test_the_release_stands_beside_runs_of_its_protocol_only(tmp_path, name, opt
     folder.write_metrics(
         [{"epoch": options.epochs, "train_loss": 1.0, "test_loss": 1.0, **accuracies}]
     )
-    (table,) = best_practices.tables([ROWS[name]], options)
+    runs = runs_of(best_practices.SCRIPT, [ROWS[name]], options)
+    (table,) = best_practices.tables([ROWS[name]], runs)
     text = table.markdown()
     assert "12.50" in text
     if shown:
