@@ -8,14 +8,14 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 
+from mltools.board import Board, check_installed
 from mltools.data import DATASETS, load
 from mltools.errors import UserError
 from mltools.networks import PLACEMENTS
@@ -45,6 +45,7 @@ class Options:
     deterministic: bool = False
     force: bool = False
     quiet: bool = False
+    tensorboard: bool = False
 
     def at_once(self) -> int:
         """How many runs to train at once."""
@@ -128,6 +129,7 @@ def parse(
     switch("force", "set a folder with other settings aside, and start anew")
     switch("quiet", "show nothing but the tables and errors")
     parser.set_defaults(**dataclasses.asdict(defaults))
+    switch("tensorboard", "write each run's epochs for TensorBoard too, into its folder")
     switch("tables-only", "run nothing, write the tables and figures of what is there")
     switch("list", "list the rows and exit")
     more_options(parser)
@@ -150,6 +152,8 @@ def parse(
     _check_device(options.device)
     if options.precision == "tf32" and not options.device.startswith("cuda"):
         raise UserError("--precision tf32 needs a CUDA device: choose float32 or bf16")
+    if options.tensorboard:
+        check_installed()
     _check_writable(options.results_dir)
     chosen = [known[name] for name in known if name in (arguments.experiments or known)]
     return options, chosen, arguments.tables_only
@@ -199,9 +203,16 @@ def run(script: str, experiments: Iterable[Experiment], options: Options) -> Non
             if stop.is_set():
                 return
             name = f"{experiment.name} seed {settings['seed']}"
-            epoch_ended = partial(progress.epoch_ended, name, options.epochs)
             try:
-                train(experiment, data, folder, settings, device, progress.line, epoch_ended, stop)
+                with _board(folder, options) as board:
+
+                    def epoch_ended(metrics: dict) -> None:
+                        progress.epoch_ended(name, options.epochs, metrics)
+                        if board:
+                            board.epoch_ended(metrics)
+
+                    line = progress.line
+                    train(experiment, data, folder, settings, device, line, epoch_ended, stop)
             except BaseException:
                 stop.set()  # an error ends the others as Ctrl-C does
                 raise
@@ -264,6 +275,12 @@ def exit_code(main: Callable[[], None]) -> int:
         )
         return 1
     return 0
+
+
+def _board(folder: RunFolder, options: Options) -> AbstractContextManager[Board | None]:
+    if not options.tensorboard:
+        return nullcontext()
+    return Board(folder.path / "tensorboard", len(folder.metrics()))
 
 
 def _set_arithmetic(options: Options) -> None:
