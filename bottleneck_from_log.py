@@ -9,13 +9,14 @@ into DIR; without --output into the results folder given first.
 
 import argparse
 import re
+import signal
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from log_retrieval import restore, retrieve
-from mltools.errors import UserError
+from mltools.errors import UserError, one_line
 from mltools.figures import Series, sweep_figure
 from mltools.results import RunFolder
 from mltools.tables import Row, Table, protocols, reference_row, summarise, write_tables
@@ -37,7 +38,8 @@ def write_report(runs: Mapping[str, Sequence[RunFolder]], folder: Path) -> str:
         runs: for each row, called `[width-]<init>-<size>`, its runs, one per seed.
         folder: where to.
 
-    Raises UserError if none of the rows is a bottleneck's, or if a result is damaged.
+    Raises UserError if none of the rows is a bottleneck's, if a result is damaged, or if the folder
+    cannot be written to.
     """
     tables = []
     for prefix, title in KINDS.items():
@@ -51,7 +53,13 @@ def write_report(runs: Mapping[str, Sequence[RunFolder]], folder: Path) -> str:
         if rows:
             both = [row for one in rows for row in (one, *_beside(one, published))]
             tables.append(Table(f"{title}: {protocols(rows)}", both, LAYERS))
-            _figures(rows, published, prefix, title, folder)
+            try:
+                _figures(rows, published, prefix, title, folder)
+            except OSError as error:
+                raise UserError(
+                    f"{error.filename2 or error.filename or folder} cannot be written "
+                    f"({one_line(error)}): make room there, or choose another folder"
+                ) from error
     if not tables:
         raise UserError("there is no run of a bottleneck: rows are called std-118, pai-118, ...")
     return write_tables(folder, tables)
@@ -127,11 +135,10 @@ def main() -> int:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-        except OSError as error:
-            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-            return 2
     return 0
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
     sys.exit(main())

@@ -1,10 +1,13 @@
-"""Writing files that are there whole or not at all."""
+"""Files that are there whole or not at all: written so, and taken for nothing else when read."""
 
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+from mltools.errors import UserError, one_line
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -21,3 +24,19 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def reading(what: object, remedy: str) -> Iterator[None]:
+    """Around the reading of a file: all that goes wrong becomes one UserError.
+
+    Args:
+        what: the file, or a place in it.
+        remedy: what the user can do.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # json, zipfile, NumPy and PyTorch raise all kinds at a damaged file
+        raise UserError(f"{what} cannot be read ({one_line(error)}): {remedy}") from error

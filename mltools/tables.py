@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mltools.errors import UserError
+from mltools.errors import UserError, one_line
 from mltools.files import write_atomically
 from mltools.results import RunFolder, diverged
 
@@ -62,6 +62,7 @@ def summarise(name: str, folders: Sequence[RunFolder]) -> Row:
         row.alignment = {
             layer: (cosine["mean"], cosine["std"])
             for layer, cosine in metrics.get("alignment", {}).items()
+            if cosine["mean"] is not None
         }
         row.angles_from = f"{name}/{first}" if row.alignment else ""
     return row
@@ -181,6 +182,8 @@ def write_tables(folder: Path, tables: Sequence[Table]) -> str:
     """Writes `table.md`, `table.tex` and `table.csv`, and returns the Markdown.
 
     The CSV holds all rows of all tables, unrounded, with all layers that were measured.
+
+    Raises UserError if they cannot be written.
     """
     markdown = "\n".join(table.markdown() for table in tables)
     files = {
@@ -188,9 +191,17 @@ def write_tables(folder: Path, tables: Sequence[Table]) -> str:
         "table.tex": "\n".join(table.latex() for table in tables),
         "table.csv": _csv(tables),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        write_atomically(folder / name, lambda file, text=text: file.write(text.encode()))
+    path = folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            path = folder / name
+            write_atomically(path, lambda file, text=text: file.write(text.encode()))
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({one_line(error)}): make room there, or choose another "
+            "folder"
+        ) from error
     return markdown
 
 
