@@ -27,8 +27,11 @@ def open_archive(file: BinaryIO) -> zipfile.ZipFile:
     archive = zipfile.ZipFile(file)
     members = archive.infolist()
     end = file.seek(-22, 2)
-    if file.read(4) != _END or archive.comment:
+    record = file.read(22)
+    if not record.startswith(_END) or archive.comment:
         raise ValueError("something follows the archive in it")
+    if int.from_bytes(record[10:12], "little") != min(len(members), 0xFFFF):
+        raise ValueError("members are missing")
     if min((member.header_offset for member in members), default=end) > 0:
         raise ValueError("something precedes the archive in it")
     if len({member.filename for member in members}) < len(members):
@@ -47,9 +50,9 @@ def read_arrays(path: Path, names: Iterable[str] | None = None) -> dict[str, np.
     """
     with open(path, "rb") as file, open_archive(file) as archive:
         members = archive.namelist()
-        if names is None:
-            names = [member.removesuffix(".npy") for member in members]
-        return {name: _array(archive, f"{name}.npy") for name in names if f"{name}.npy" in members}
+        if names is not None:
+            members = [f"{name}.npy" for name in names if f"{name}.npy" in members]
+        return {member.removesuffix(".npy"): _array(archive, member) for member in members}
 
 
 def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
