@@ -524,6 +524,14 @@ def test_results_folders_that_cannot_be_written_are_one_line(runs, tmp_path, sta
     assert code == 2 and out == "" and err.count("\n") == 1 and str(blocked) in err
 
 
+@pytest.mark.parametrize("name", ["alignment.png", "accuracy.pdf", "table.md"])
+def test_figures_that_cannot_be_written_are_one_line(runs, tmp_path, monkeypatch, capsys, name):
+    shutil.copytree(runs[1][0].path, tmp_path / NAME / "seed-0")
+    (tmp_path / name).mkdir()
+    code, out, err = call(bottleneck_from_log.main, monkeypatch, capsys, tmp_path)
+    assert code == 2 and out == "" and err.count("\n") == 1 and str(tmp_path / name) in err
+
+
 def test_the_mutations_are_those_that_are_named():
     """Each of them changes something, and each has its turn."""
     for mutation in MUTATIONS:
