@@ -129,7 +129,7 @@ def _gaps(run: Run) -> Iterator[str]:
             yield f"epochs {before + 1} to {after - 1} are missing"
         elif after > before + 1:
             yield f"epoch {before + 1} is missing"
-    layers = dict.fromkeys(layer for metrics in run.epochs.values() for layer in metrics["alignment"])
+    layers = dict.fromkeys(x for metrics in run.epochs.values() for x in metrics["alignment"])
     for epoch, metrics in run.epochs.items():
         missing = [layer for layer in layers if layer not in metrics["alignment"]]
         if missing:
