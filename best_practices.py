@@ -14,11 +14,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from mltools.errors import exit_code
 from mltools.figures import Figure, accuracy_figure, alignment_figure, curves, final_figure
 from mltools.networks import Network
 from mltools.report import write_html
 from mltools.results import RunFolder
-from mltools.sweep import Options, exit_code, parse, run, runs_of
+from mltools.sweep import Options, parse, run, runs_of
 from mltools.tables import Table, protocols, reference_row, summarise, write_tables
 from mltools.training import Experiment
 

@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 
 from bottleneck_from_log import write_report
-from mltools.errors import UserError
+from mltools.errors import UserError, exit_code
 from mltools.networks import Network
-from mltools.sweep import Options, exit_code, parse, run, runs_of
+from mltools.sweep import Options, parse, run, runs_of
 from mltools.training import Experiment
 
 # TODO: where the data is; what is not there is fetched.

@@ -10,13 +10,14 @@ without --output into the results folder given first.
 
 import argparse
 import re
+import signal
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from log_retrieval import restore, retrieve
-from mltools.errors import UserError
+from mltools.errors import UserError, exit_code
 from mltools.figures import (
     COSINE,
     Curves,
@@ -150,7 +151,7 @@ def runs_below(folder: Path) -> dict[str, list[RunFolder]]:
     return runs
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "sources", type=Path, nargs="+", metavar="PATH", help="a results folder, or a log file"
@@ -164,24 +165,18 @@ def main() -> int:
     if output is None:
         parser.error("with logs alone, --output says where the figures go")
     with tempfile.TemporaryDirectory() as retrieved:
-        try:
-            for source in arguments.sources:
-                if source not in folders:
-                    for run in retrieve(source):
-                        restore(run, Path(retrieved))
-            runs = {}
-            for folder in (*folders, Path(retrieved)):
-                for name, found in runs_below(folder).items():
-                    runs.setdefault(name, []).extend(found)
-            print(write_report(runs, output))
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        except OSError as error:
-            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-            return 2
-    return 0
+        for source in arguments.sources:
+            if source not in folders:
+                for run in retrieve(source):
+                    restore(run, Path(retrieved))
+        runs: dict[str, list[RunFolder]] = {}
+        for folder in (*folders, Path(retrieved)):
+            for name, found in runs_below(folder).items():
+                runs.setdefault(name, []).extend(found)
+        print(write_report(runs, output))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
+    sys.exit(exit_code(main))

@@ -1,6 +1,7 @@
 """Brings results back out of logs, when the files that held them are lost.
 
-    python log_retrieval.py LOG [LOG ...]                  lines of metrics.jsonl, to stdout
+    python log_retrieval.py LOG [LOG ...]                  lines of metrics.jsonl, to stdout,
+                                                           each with its run
     python log_retrieval.py LOG [LOG ...] --output DIR     DIR/<experiment>/seed-<n>/, as from a run
 
 It reads our own log.txt and the logs of the 2019 release. With --output results/bottleneck, say,
@@ -11,10 +12,14 @@ code is 0 if something was recovered, 1 if nothing, 2 for bad usage.
 
 import argparse
 import json
+import signal
 import sys
 from pathlib import Path
 
+from mltools.errors import UserError, one_line
+from mltools.files import reading
 from mltools.logs import Run, parse
+from mltools.records import sealed_metrics
 from mltools.results import RunFolder
 
 
@@ -27,29 +32,36 @@ def main() -> int:
     parser.add_argument("--output", type=Path, metavar="DIR", help="where the folders go")
     arguments = parser.parse_args()
     recovered = False
-    for path in arguments.logs:
-        try:
-            runs = retrieve(path)
-        except OSError as error:
-            print(f"error: cannot read {path} ({error.strerror})", file=sys.stderr)
-            return 2
-        for run in runs:
-            recovered = True
-            if arguments.output is None:
-                for metrics in in_order(run):
-                    print(json.dumps({"run": run.name, **metrics}))
-            elif restore(run, arguments.output):
-                print(f"{arguments.output / run.name}: {len(run.epochs)} epochs")
-            else:
-                print(f"{arguments.output / run.name}: has its metrics.jsonl, left as it is")
+    try:
+        for path in arguments.logs:
+            for run in retrieve(path):
+                recovered = True
+                if arguments.output is None:
+                    for line in sealed_metrics(run.settings, in_order(run)):
+                        print(json.dumps({"run": run.name, **line}))
+                elif restore(run, arguments.output):
+                    print(f"{arguments.output / run.name}: {len(run.epochs)} epochs")
+                else:
+                    print(f"{arguments.output / run.name}: has its metrics.jsonl, left as it is")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename}: {one_line(error)}", file=sys.stderr)
+        return 2
     if not recovered:
         print("error: no epoch of any run was found", file=sys.stderr)
     return 0 if recovered else 1
 
 
 def retrieve(path: Path) -> list[Run]:
-    """The runs in a log; says on stderr what was skipped, and where."""
-    runs, skipped = parse(path.read_bytes())
+    """The runs in a log; says on stderr what was skipped, and where.
+
+    Raises UserError if the file cannot be read.
+    """
+    with reading(path, "give the path of a log"):
+        data = path.read_bytes()
+    runs, skipped = parse(data)
     for skip in skipped:
         place = f"{path}:{skip.line}" if skip.line else f"{path}"
         print(f"{place}: skipped, {skip.reason}", file=sys.stderr)
@@ -61,14 +73,20 @@ def in_order(run: Run) -> list[dict]:
 
 
 def restore(run: Run, output: Path) -> bool:
-    """Writes a run's folder below `output`, unless there is one with metrics."""
+    """Writes a run's folder below `output`, unless there is one with metrics.
+
+    Raises UserError if it is that of other settings.
+    """
     folder = RunFolder(output / run.name)
     if (folder.path / "metrics.jsonl").exists():
         return False
+    folder.check(run.settings)
     folder.start(run.settings, {"retrieved": True})
     folder.write_metrics(in_order(run))
     return True
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
     sys.exit(main())

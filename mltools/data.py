@@ -24,8 +24,6 @@ them to 32x32.
 import http.client
 import os
 import re
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -35,11 +33,13 @@ from types import ModuleType
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from mltools.errors import UserError
-from mltools.files import write_atomically
+from mltools.archives import read_arrays
+from mltools.errors import UserError, one_line
+from mltools.files import reading, write_atomically
 
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 
@@ -402,20 +402,11 @@ def _read(path: Path, info: Info) -> dict[str, np.ndarray]:
         remedy = "restore it from the repository"
     else:
         remedy = "replace it, or delete it to have it made again"
-    try:
-        with open(path, "rb") as file:
-            archive = np.load(file, allow_pickle=False)
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ValueError("one array alone")
-            arrays = {key: archive[key] for key in ARRAYS if key in archive}
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror or error}); {remedy}") from error
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path} is not a whole npz file ({_line(error)}); {remedy}") from error
-
-    problem = _problem(arrays, info)
-    if problem:
-        raise UserError(f"{path}: {problem}; {remedy}")
+    with reading(path, remedy):
+        arrays = read_arrays(path, ARRAYS)
+        problem = _problem(arrays, info)
+        if problem:
+            raise ValueError(problem)
     return arrays
 
 
@@ -462,17 +453,21 @@ def _fetch(name: str, path: Path) -> dict[str, np.ndarray]:
 
     source = getattr(import_torchvision().datasets, info.source)
     if info.source == "Imagenette":
-        common = {"size": "160px", "transform": _crop(info.size)}
+        common = {"size": "160px", "transform": _crop(info.size), "loader": _open_image}
         options = [{"split": half, **common} for half in ("train", "val")]
     else:
         options = [{"train": True}, {"train": False}]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         halves = [source(path.parent, download=True, **option) for option in options]
-    # RuntimeError is torchvision's, for a wrong checksum or when all mirrors have failed.
-    except (OSError, RuntimeError, http.client.HTTPException) as error:
+    # RuntimeError is torchvision's, for a wrong checksum or when all mirrors have failed; the last
+    # three are what it raises for damaged files that it fetched before.
+    except (
+        *(OSError, RuntimeError, http.client.HTTPException),
+        *(ValueError, KeyError, AssertionError),
+    ) as error:
         raise UserError(
-            f"cannot fetch {name} ({_line(error)}); try again, or put it at {path} "
+            f"cannot fetch {name} ({one_line(error)}); try again, or put it at {path} "
             f"(uint8 {', '.join(ARRAYS)})"
         ) from error
 
@@ -494,10 +489,13 @@ def _image_folders(name: str, data_dir: Path) -> list[Dataset]:
     root = data_dir / _stem(name)
     datasets = import_torchvision().datasets
     try:
-        folders = [datasets.ImageFolder(root / half, _crop(info.size)) for half in ("train", "val")]
+        folders = [
+            datasets.ImageFolder(root / half, _crop(info.size), loader=_open_image)
+            for half in ("train", "val")
+        ]
     except OSError as error:
         raise UserError(
-            f"cannot read {name} from {root} ({_line(error)}); put its images there as "
+            f"cannot read {name} from {root} ({one_line(error)}); put its images there as "
             "train/<class>/* and val/<class>/*"
         ) from error
     train, val = (folder.classes for folder in folders)
@@ -516,14 +514,15 @@ def _crop(size: int) -> Callable:
     return transforms.Compose(steps)
 
 
+def _open_image(path: str | os.PathLike) -> Image:
+    """Reads an image file, as RGB. Raises UserError if it is damaged."""
+    with reading(path, "replace it, or take it away"):
+        return import_torchvision().datasets.folder.default_loader(path)
+
+
 def _decode(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """All images and labels of a data set of files: uint8 [N, H, W, C] and [N]."""
     with ThreadPoolExecutor() as pool:  # PIL decodes outside the interpreter's lock
         images, labels = zip(*pool.map(dataset.__getitem__, range(len(dataset))))
     x = torch.stack(images).permute(0, 2, 3, 1).contiguous()
     return x.numpy(), np.array(labels, np.uint8)
-
-
-def _line(error: Exception) -> str:
-    """An error's message on one line."""
-    return " ".join(str(error).split()) or type(error).__name__

@@ -1,11 +1,14 @@
-"""Writing files that are there whole or not at all."""
+"""Files that are there whole or not at all: written so, and taken for nothing else when read."""
 
 import os
 import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+from mltools.errors import UserError, one_line
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -20,6 +23,9 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a write that fails does not tell
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -29,3 +35,19 @@ def remove_leftovers(folder: Path) -> None:
     for path in folder.iterdir():
         if re.fullmatch(r"\..+\.[0-9a-f]{32}", path.name):
             path.unlink(missing_ok=True)
+
+
+@contextmanager
+def reading(what: object, remedy: str) -> Iterator[None]:
+    """Around the reading of a file: all that goes wrong becomes one UserError.
+
+    Args:
+        what: the file, or a place in it.
+        remedy: what the user can do.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # json, zipfile, NumPy and PyTorch raise all kinds at a damaged file
+        raise UserError(f"{what} cannot be read ({one_line(error)}): {remedy}") from error

@@ -2,17 +2,24 @@
 
 Our own `log.txt` says all that `metrics.jsonl` does, in the same precision: a line with the
 settings, then for each epoch the alignment of every layer and, to end it, a line with the losses
-and accuracies. The logs of the 2019 release hold the same in another form.
+and accuracies. Each line ends with its checksum: the CRC-32 of its text, without the time, XOR that
+of the run's settings. So it says that the line is whole, and whose it is: in a damaged line it is
+that of no run.
+
+The logs of the 2019 release hold the same in another form, without checksums: there a damaged line
+is found by its form alone, and a digit that has become another one is not.
 """
 
-import json
 import math
 import re
+import zlib
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 
-Metrics = dict
-"""A line of `metrics.jsonl`."""
+from mltools.records import Metrics, checksum, from_json, metrics_problem, settings_problem
 
 
 def epoch_lines(metrics: Metrics, epochs: int) -> list[str]:
@@ -22,7 +29,8 @@ def epoch_lines(metrics: Metrics, epochs: int) -> list[str]:
         return "nan" if value is None else f"{value:.4f}"
 
     lines = [
-        f"alignment {layer}: mean {text(cosine['mean'])} std {text(cosine['std'])}"
+        f"alignment {layer}, epoch {metrics['epoch']}: "
+        f"mean {text(cosine['mean'])} std {text(cosine['std'])}"
         for layer, cosine in metrics["alignment"].items()
     ]
     summary = (
@@ -31,6 +39,11 @@ def epoch_lines(metrics: Metrics, epochs: int) -> list[str]:
         f"{text(metrics['test_accuracy'])}%, {metrics['seconds']:.3f} s"
     )
     return [*lines, summary]
+
+
+def sealed(line: str, run: int) -> str:
+    """A line of our log with its checksum; `run` is that of the run's settings."""
+    return f"{line} #{zlib.crc32(line.encode()) ^ run:08x}"
 
 
 @dataclass
@@ -50,6 +63,14 @@ class Run:
         again = f"-attempt-{self.attempt + 1}" if self.attempt else ""
         seed = "unknown" if self.settings["seed"] is None else self.settings["seed"]
         return f"{self.settings['experiment']['name']}/seed-{seed}{again}"
+
+    def add(self, metrics: Metrics) -> str | None:
+        """Takes an epoch, or says what is wrong with it."""
+        problem = metrics_problem(metrics)
+        if problem:
+            return f"damaged line ({problem})"
+        self.epochs[metrics["epoch"]] = metrics
+        return None
 
 
 @dataclass
@@ -74,11 +95,45 @@ def parse(data: bytes) -> tuple[list[Run], list[Skipped]]:
     """
     # Corrupt bytes become a character that no pattern below matches.
     text = _ESCAPES.sub("", data.decode("utf-8", errors="replace"))
-    reader = _Reader()
+    runs: list[Run] = []
+    skipped: list[Skipped] = []
+    readers = _OwnReader(runs), _ReleaseReader(runs)
     for number, line in enumerate(text.split("\n"), 1):
         for part in _PARTS.split(line):
-            reader.read(number, part)
-    return reader.end()
+            part = _STAMP.sub("", part, count=1).strip()
+            for reader in readers:
+                problem = reader.read(part)
+                if problem:
+                    shown = "".join(c if c.isprintable() else "\ufffd" for c in part[:60])
+                    skipped.append(Skipped(number, f"{problem}: {shown}"))
+    runs = [run for run in runs if run.epochs]
+    _count_attempts(runs)
+    for reader in readers:
+        skipped += [Skipped(0, reason) for reason in reader.end()]
+    skipped += [Skipped(0, f"{run.name}: {gap}") for run in runs for gap in _gaps(run)]
+    return runs, skipped
+
+
+def _count_attempts(runs: list[Run]) -> None:
+    seen: Counter[str] = Counter()
+    for run in runs:
+        name = run.name
+        run.attempt = seen[name]
+        seen[name] += 1
+
+
+def _gaps(run: Run) -> Iterator[str]:
+    """What an intact log would have beside."""
+    for before, after in pairwise([0, *sorted(run.epochs)]):
+        if after > before + 2:
+            yield f"epochs {before + 1} to {after - 1} are missing"
+        elif after > before + 1:
+            yield f"epoch {before + 1} is missing"
+    layers = dict.fromkeys(x for metrics in run.epochs.values() for x in metrics["alignment"])
+    for epoch, metrics in run.epochs.items():
+        missing = [layer for layer in layers if layer not in metrics["alignment"]]
+        if missing:
+            yield f"epoch {epoch} lacks the alignment of {', '.join(missing)}"
 
 
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
@@ -89,75 +144,73 @@ _STAMP = _compile(rf"\s*{_TIME} ?(?:-- +)?")
 # where a process was killed within a line, the next one goes on in it.
 _PARTS = _compile(rf"\r|(?={_TIME})")
 
+_COUNT = r"(\d{1,19})"
 _NUMBER = r"(-?\d+\.\d{4}|nan)"
-_HEADING = _compile(r"([\w.-]+) seed (\d+): (\d+) epochs of ([\w.-]+) on \S+")
+_SEALED = _compile(r"(.*) #([0-9a-f]{8})")
+_OWN = _compile(r"[\w.-]+ seed \d+: \d+ epochs of |settings \{|alignment |epoch \d")
+_HEADING = _compile(rf"([\w.-]+) seed {_COUNT}: {_COUNT} epochs of ([\w.-]+) on \S+")
 _SETTINGS = _compile(r"settings (\{[ -~]*\})")
-_ALIGNMENT = _compile(rf"alignment ([\w.]+): mean {_NUMBER} std {_NUMBER}")
+_ALIGNMENT = _compile(rf"alignment ([\w.-]+), epoch {_COUNT}: mean {_NUMBER} std {_NUMBER}")
 _EPOCH = _compile(
-    rf"epoch (\d+)/\d+: train loss {_NUMBER} accuracy {_NUMBER}%, "
+    rf"epoch {_COUNT}/\d+: train loss {_NUMBER} accuracy {_NUMBER}%, "
     rf"test loss {_NUMBER} accuracy {_NUMBER}%, (\d+\.\d{{3}}) s"
 )
 
 # The 2019 release's.
 _LOSS = r"(\d+\.\d+(?:e-\d+)?|nan|inf)"
-_SEEDING = _compile(r"Seeding with (\d+)\.")
+_SEEDING = _compile(rf"Seeding with {_COUNT}\.")
 _TRAINING = _compile(
-    r"Training ([ -~]+) for (\d+) epochs on dataset ([\w.-]+) with a batch size of (\d+):"
+    rf"Training ([ -~]+) for {_COUNT} epochs on dataset ([\w.-]+) with a batch size of {_COUNT}:"
 )
-_START = _compile(r"EPOCH (\d+)/(\d+)(?:, last epoch processed in (\d+\.\d+)s)?:")
-_LAYER = _compile(rf"(\d+)_(\w+)\(.*\) -- mean:{_NUMBER}, std:{_NUMBER}")
+_START = _compile(
+    rf"EPOCH {_COUNT}/\d+(?:, last epoch processed in (\d{{1,9}}\.\d{{1,9}})s)?:"
+)
+_LAYER = _compile(rf"{_COUNT}_(\w+)\(.*\) -- mean:{_NUMBER}, std:{_NUMBER}")
 _LOSSES = _compile(
     rf"Training loss: {_LOSS} \(top-1:(\d+\.\d)%\) -- "
     rf"Validation loss: {_LOSS} \(top-1:(\d+\.\d)%\)\."
 )
 _BOTTLENECK = _compile(r"with a bottlenecking rate ([01]\.\d+) initialized by (\w+)")
-_RUN_NAME = _compile(r"\w[\w.-]*/seed-\d+")
 CNN_LAYERS = (
     *("conv1", "act1", "maxp1", "conv2", "act2", "maxp2", "conv3", "act3", "maxp3"),
     *("flat", "lin1", "act4", "lin2"),
 )
 
 
-class _Reader:
-    """Takes a log line by line; what it has learned is in `runs` and `skipped` after `end`."""
+class _OwnReader:
+    """Takes a log of ours line by line, and adds its runs to `runs`.
 
-    def __init__(self) -> None:
-        self.runs: dict[str, Run] = {}
-        self.skipped: list[Skipped] = []
-        self.run: Run | None = None  # whose lines these are
-        self.heading: Run | None = None  # ours that is announced, its settings to come
-        self.release = False  # whether that is a run of the 2019 release
-        self.last = 0  # its last epoch so far
-        self.seed: int | None = 0  # None: not legible
-        self.epoch: int | None = None  # of the 2019 release, which says it first
-        self.alignment: dict = {}
-        self.structure: dict[str, dict[int, str]] = {}  # run: position to module, release only
+    Runs are known by the checksum of their settings, which every line is checked against.
+    """
 
-    def read(self, number: int, line: str) -> None:
-        line = _STAMP.sub("", line, count=1).strip()
-        for start, pattern, take in (
-            (r"[\w.-]+ seed \d+: \d+ epochs of ", _HEADING, self._heading),
-            (r"settings \{", _SETTINGS, self._settings),
-            (r"alignment ", _ALIGNMENT, self._alignment),
-            (r"epoch \d", _EPOCH, self._epoch),
-            (r"Seeding ", _SEEDING, self._release_seed),
-            (r"Training .* epochs on ", _TRAINING, self._release_run),
-            (r"EPOCH ", _START, self._release_epoch),
-            (r"\d+_\w+\(", _LAYER, self._release_layer),
-            (r"Training loss", _LOSSES, self._release_losses),
-        ):
-            if re.match(start, line):
-                match = pattern.fullmatch(line)
-                if not match and pattern in (_SETTINGS, _TRAINING):
-                    self.run = None  # another one begins here
-                if not match and pattern is _SEEDING:
-                    self.seed = None
-                problem = take(*match.groups()) if match else "damaged line"
-                if problem:
-                    self.skipped.append(Skipped(number, f"{problem}: {line[:60]}"))
-                return
+    def __init__(self, runs: list[Run]) -> None:
+        self.runs = runs
+        self.known: dict[int, Run] = {}
+        self.announced: set[int] = set()  # by their heading, without their settings so far
+        self.alignment: dict[tuple[int, str], dict] = {}  # (run, epoch): layers
 
-    def _heading(self, experiment: str, seed: str, epochs: str, dataset: str) -> None:
+    def read(self, line: str) -> str | None:
+        """Takes a line, or says what is wrong with it."""
+        intact = _SEALED.fullmatch(line)
+        if not intact:
+            return "damaged line" if _OWN.match(line) else None
+        text, seal = intact.groups()
+        run = int(seal, 16) ^ zlib.crc32(text.encode())
+        for pattern, take in ((_HEADING, self._heading), (_SETTINGS, self._settings)):
+            if match := pattern.fullmatch(text):
+                return take(run, *match.groups())
+        if run not in self.known:
+            return "damaged line, or of an unknown run"
+        for pattern, take in ((_ALIGNMENT, self._alignment), (_EPOCH, self._epoch)):
+            if match := pattern.fullmatch(text):
+                return take(run, *match.groups())
+        return None
+
+    def _heading(
+        self, run: int, experiment: str, seed: str, epochs: str, dataset: str
+    ) -> str | None:
+        if run in self.known:
+            return None
         settings = {
             "experiment": {"name": experiment},
             "seed": int(seed),
@@ -166,97 +219,130 @@ class _Reader:
             "batch_size": None,
             "feedback_placement": None,
         }
-        self.run, self.heading, self.alignment = None, Run(settings), {}
+        if settings_problem(settings):
+            return "damaged line"
+        # Were this line damaged, `run` would be that of no other line.
+        self.announced.add(run)
+        self._begin(run, settings)
+        return None
 
-    def _settings(self, text: str) -> str | None:
+    def _settings(self, run: int, text: str) -> str | None:
         try:
-            run = Run(json.loads(text))
-            intact = _RUN_NAME.fullmatch(run.name) and isinstance(run.settings["epochs"], int)
-        except (ValueError, KeyError, TypeError):
-            intact = False
-        if not intact:
-            self.run = None
+            settings = from_json(text)
+        except ValueError:
             return "damaged settings"
-        self._begin_own(run)
+        if settings_problem(settings) or "experiment" not in settings or checksum(settings) != run:
+            return "damaged settings"
+        if run not in self.known:
+            self._begin(run, settings)
+        self.known[run].settings = settings
+        self.announced.discard(run)
+        return None
 
-    def _begin_own(self, run: Run) -> None:
-        """Begins a run, or goes on with that of the same settings."""
-        while (known := self.runs.setdefault(run.name, run)).settings != run.settings:
-            run.attempt += 1
-        self._begin(known, release=False)
+    def _begin(self, run: int, settings: dict) -> None:
+        self.known[run] = Run(settings)
+        self.runs.append(self.known[run])
 
-    def _begin(self, run: Run, release: bool) -> None:
-        self.run, self.release, self.last, self.heading = run, release, 0, None
-        self.epoch, self.alignment = None, {}
+    def _alignment(self, run: int, layer: str, epoch: str, mean: str, std: str) -> None:
+        layers = self.alignment.setdefault((run, epoch), {})
+        if layer in layers:  # the run was killed in this epoch, and has come to it again
+            layers.clear()
+        layers[layer] = {"mean": _value(mean), "std": _value(std)}
 
-    def _lost(self, release: bool, epoch: int) -> bool:
-        """Whether this epoch cannot be the current run's: the line that began its run is lost.
-
-        Epochs ascend; ours may come twice, when a run was killed and gone on with.
-        """
-        if self.run is None or self.release != release or epoch < self.last:
-            self.run = None
-            return True
-        self.last = epoch
-        return False
-
-    def _alignment(self, layer: str, mean: str, std: str) -> None:
-        self.alignment[layer] = {"mean": _value(mean), "std": _value(std)}
-
-    def _epoch(self, epoch: str, *numbers: str) -> str | None:
-        alignment, self.alignment = self.alignment, {}
-        if self.run is None and self.heading:
-            self._begin_own(self.heading)
-            self.skipped.append(Skipped(0, f"{self.run.name}: its settings are lost"))
-        if self._lost(False, int(epoch)):
-            return "epoch of an unknown run"
+    def _epoch(self, run: int, epoch: str, *numbers: str) -> str | None:
         train_loss, train_accuracy, test_loss, test_accuracy, seconds = map(_value, numbers)
-        self.run.epochs[int(epoch)] = {
-            "epoch": int(epoch),
-            "train_loss": train_loss,
-            "train_accuracy": train_accuracy,
-            "test_loss": test_loss,
-            "test_accuracy": test_accuracy,
-            "alignment": alignment,
-            "seconds": seconds,
-        }
+        return self.known[run].add(
+            {
+                "epoch": int(epoch),
+                "train_loss": train_loss,
+                "train_accuracy": train_accuracy,
+                "test_loss": test_loss,
+                "test_accuracy": test_accuracy,
+                "alignment": self.alignment.pop((run, epoch), {}),
+                "seconds": seconds,
+            }
+        )
 
-    def _release_seed(self, seed: str) -> None:
+    def end(self) -> list[str]:
+        """What is wrong with the log as a whole."""
+        lost = [self.known[run] for run in self.announced if self.known[run].epochs]
+        return [f"{run.name}: its settings are lost" for run in lost]
+
+
+class _ReleaseReader:
+    """Takes a log of the 2019 release line by line, and adds its runs to `runs`."""
+
+    def __init__(self, runs: list[Run]) -> None:
+        self.runs = runs
+        self.run: Run | None = None  # whose lines these are
+        self.last = 0  # its last epoch so far
+        self.seed: int | None = 0  # None: not legible
+        self.epoch: int | None = None  # whose lines these are: it is said first
+        self.alignment: dict = {}
+        self.structure: list[tuple[Run, dict[int, str]]] = []  # position to module
+
+    def read(self, line: str) -> str | None:
+        """Takes a line, or says what is wrong with it."""
+        for start, pattern, take in (
+            (r"Seeding ", _SEEDING, self._seed),
+            (r"Training .* epochs on ", _TRAINING, self._run),
+            (r"EPOCH ", _START, self._epoch),
+            (r"\d+_\w+\(", _LAYER, self._layer),
+            (r"Training loss", _LOSSES, self._losses),
+        ):
+            if re.match(start, line):
+                match = pattern.fullmatch(line)
+                if not match and pattern is _TRAINING:
+                    self.run = None  # another one begins here
+                if not match and pattern is _SEEDING:
+                    self.seed = None
+                return take(*match.groups()) if match else "damaged line"
+        return None
+
+    def _seed(self, seed: str) -> None:
         self.seed = int(seed)
 
-    def _release_run(self, what: str, epochs: str, dataset: str, batch_size: str) -> None:
+    def _run(self, what: str, epochs: str, dataset: str, batch_size: str) -> str | None:
         bottleneck = _BOTTLENECK.fullmatch(what)
         if bottleneck:  # the rate is what is dropped, of 800
             what = f"{bottleneck[2]}-{round(800 * (1 - float(bottleneck[1])))}"
         settings = {
-            "experiment": {"name": re.sub(r"[^\w.]+", "-", what.lower())},
+            "experiment": {"name": re.sub(r"[^\w.]+", "-", what.lower()).strip("-.")},
             "seed": self.seed,
             "dataset": dataset,
             "epochs": int(epochs),
             "batch_size": int(batch_size),
             "feedback_placement": "release",
         }
-        run = Run(settings)
-        while run.name in self.runs and self.runs[run.name].epochs:
-            run.attempt += 1
-        self.runs[run.name] = run
-        self._begin(run, release=True)
+        self.run = self.epoch = None
+        problem = settings_problem(settings)
+        if problem:
+            return f"damaged line ({problem})"
+        self.run, self.last, self.alignment = Run(settings), 0, {}
+        self.runs.append(self.run)
+        self.structure.append((self.run, {}))
+        return None
 
-    def _release_epoch(self, epoch: str, _: str, seconds: str | None) -> str | None:
+    def _epoch(self, epoch: str, seconds: str | None) -> str | None:
         self.epoch = None
-        if self._lost(True, int(epoch)):
+        # Epochs ascend: otherwise the line that began this one's run is lost.
+        if self.run is None or int(epoch) < self.last:
+            self.run = None
             return "epoch of an unknown run"
-        self.epoch, self.alignment = int(epoch), {}
+        self.last = self.epoch = int(epoch)
+        self.alignment = {}
         if seconds and self.epoch - 1 in self.run.epochs:
             self.run.epochs[self.epoch - 1]["seconds"] = round(float(seconds), 3)
+        return None
 
-    def _release_layer(self, position: str, module: str, mean: str, std: str) -> str | None:
-        if self.run is None or not self.release:
+    def _layer(self, position: str, module: str, mean: str, std: str) -> str | None:
+        if self.run is None:
             return "layer of an unknown run"
-        self.structure.setdefault(self.run.name, {})[int(position)] = module
+        self.structure[-1][1][int(position)] = module
         self.alignment[int(position)] = {"mean": _value(mean), "std": _value(std)}
+        return None
 
-    def _release_losses(
+    def _losses(
         self, train_loss: str, train_accuracy: str, test_loss: str, test_accuracy: str
     ) -> str | None:
         if self.run is None or self.epoch is None:
@@ -265,36 +351,26 @@ class _Reader:
         losses = [_value(loss) for loss in (train_loss, test_loss)]
         scale = self.run.settings["batch_size"]
         losses = [None if loss is None else round(loss * scale, 4) for loss in losses]
-        self.run.epochs[self.epoch] = {
+        metrics = {
             "epoch": self.epoch,
             "train_loss": losses[0],
             "train_accuracy": float(train_accuracy),
             "test_loss": losses[1],
             "test_accuracy": float(test_accuracy),
-            "alignment": self.alignment,
+            "alignment": {str(position): cosine for position, cosine in self.alignment.items()},
             "seconds": None,
         }
         self.epoch, self.alignment = None, {}
+        return self.run.add(metrics)
 
-    def end(self) -> tuple[list[Run], list[Skipped]]:
-        """Names the release's layers, and tells which epochs lack some."""
-        runs = [run for run in self.runs.values() if run.epochs]
-        for run in runs:
-            names = _layer_names(self.structure.get(run.name, {}))
+    def end(self) -> list[str]:
+        """Names the layers, once all are known; nothing is wrong with the log as a whole."""
+        for run, structure in self.structure:
+            names = _layer_names(structure)
             for metrics in run.epochs.values():
                 alignment = metrics["alignment"].items()
-                metrics["alignment"] = {names.get(layer, str(layer)): c for layer, c in alignment}
-            layers = dict.fromkeys(
-                layer for metrics in run.epochs.values() for layer in metrics["alignment"]
-            )
-            for epoch, metrics in run.epochs.items():
-                missing = [layer for layer in layers if layer not in metrics["alignment"]]
-                if missing:
-                    reason = (
-                        f"{run.name}: epoch {epoch} lacks the alignment of {', '.join(missing)}"
-                    )
-                    self.skipped.append(Skipped(0, reason))
-        return runs, self.skipped
+                metrics["alignment"] = {names.get(int(at), at): c for at, c in alignment}
+        return []
 
 
 def _layer_names(structure: dict[int, str]) -> dict[int, str]:

@@ -7,8 +7,9 @@
     checkpoint.pt  while the run goes on: all that is needed to go on after the last epoch
     state.pt       once it is finished: the weights and the feedback matrix
 
-Files are replaced whole or appended line by line, so a run may be killed at any instant. Where they
-disagree after that, the checkpoint's epoch counts.
+Files are replaced whole, the log aside, so a run may be killed at any instant. Where they disagree
+after that, the checkpoint's epoch counts. Every number carries a checksum (see `mltools.records`,
+`mltools.logs` and `mltools.archives`), so what is damaged is not taken for a result.
 """
 
 import fcntl
@@ -24,10 +25,21 @@ from typing import BinaryIO
 
 import numpy as np
 
+from mltools import logs
+from mltools.archives import read_arrays
 from mltools.errors import UserError
-from mltools.files import remove_leftovers, write_atomically
+from mltools.files import reading, remove_leftovers, write_atomically
+from mltools.records import (
+    checksum,
+    diverged,
+    metrics_problem,
+    sealed,
+    sealed_metrics,
+    settings_problem,
+    unsealed,
+)
 
-KEYS = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy")
+FILES = ("config.json", "metrics.jsonl", "angles.npz", "log.txt", "checkpoint.pt", "state.pt")
 
 
 class RunFolder:
@@ -42,34 +54,37 @@ class RunFolder:
         Raises UserError if it cannot be read.
         """
         path = self.path / "config.json"
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(config["settings"], dict):
-                raise ValueError("settings is no object")
-        except FileNotFoundError:
-            return None
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is damaged ({error}): move its folder away") from None
+        remedy = (
+            "move it and metrics.jsonl away and bring both back out of log.txt with "
+            "log_retrieval.py"
+        )
+        with reading(path, remedy):
+            try:
+                config = unsealed(path.read_bytes())
+            except FileNotFoundError:
+                return None
+            problem = settings_problem(config.get("settings"))
+            if problem:
+                raise ValueError(problem)
         return config
 
-    def differences(self, settings: dict) -> list[str]:
-        """Where the settings of the run in this folder, if there is one, are others than these."""
+    def check(self, settings: dict) -> None:
+        """Raises UserError if this folder belongs to a run with other settings, or is no run's."""
+        for name in FILES:
+            if (self.path / name).is_dir():
+                raise UserError(f"{self.path / name} is a folder, not a file: move it away")
         config = self.config()
         if config is None:
-            return []
+            return
         there, asked = _flat(config["settings"]), _flat(json.loads(json.dumps(settings)))
-        return [
+        differing = [
             f"{key} is {there.get(key)!r} there, now {asked.get(key)!r}"
             for key in sorted({*there, *asked})
             if there.get(key) != asked.get(key)
         ]
-
-    def check(self, settings: dict) -> None:
-        """Raises UserError if this folder belongs to a run with other settings."""
-        differences = self.differences(settings)
-        if differences:
+        if differing:
             raise UserError(
-                f"{self.path} holds a run with other settings ({'; '.join(differences)}): "
+                f"{self.path} holds a run with other settings ({'; '.join(differing)}): "
                 "choose another --results-dir, or set that folder aside with --force"
             )
 
@@ -103,23 +118,25 @@ class RunFolder:
     def metrics(self) -> list[dict]:
         """The intact epochs of `metrics.jsonl`, in order; a torn last line is left out.
 
-        Raises UserError if an earlier line is damaged.
+        Raises UserError if an earlier line is damaged, or another run's.
         """
         path = self.path / "metrics.jsonl"
-        try:
-            lines = path.read_bytes().split(b"\n")
-        except FileNotFoundError:
-            return []
-        epochs = []
-        for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is torn
+        remedy = "move the file away and bring it back out of log.txt with log_retrieval.py"
+        with reading(path, remedy):
             try:
-                epoch = json.loads(line)
-                after = epochs[-1]["epoch"] if epochs else 0
-                intact = all(key in epoch for key in KEYS) and epoch["epoch"] > after
-            except (ValueError, TypeError):
-                intact = False
-            if not intact:
-                raise UserError(f"{path}: line {number} is damaged: move the run's folder away")
+                lines = path.read_bytes().split(b"\n")
+            except FileNotFoundError:
+                return []
+        epochs, start = [], checksum(self._settings())
+        for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is torn
+            with reading(f"{path}: line {number}", remedy):
+                epoch = unsealed(line, start)
+                problem = metrics_problem(epoch)
+                if not problem and epochs and epoch["epoch"] <= epochs[-1]["epoch"]:
+                    problem = f"epoch {epoch['epoch']} follows epoch {epochs[-1]['epoch']}"
+                if problem:
+                    raise ValueError(problem)
+            start = checksum(epoch, start)
             epochs.append(epoch)
         return epochs
 
@@ -142,7 +159,7 @@ class RunFolder:
         remove_leftovers(self.path)
         if self.config() is None:
             config = {"settings": settings, "environment": environment}
-            text = json.dumps(config, indent=2) + "\n"
+            text = json.dumps(sealed(config), indent=2) + "\n"
             self.write("config.json", lambda file: file.write(text.encode()))
 
     def write(self, name: str, write: Callable[[BinaryIO], object]) -> None:
@@ -151,11 +168,15 @@ class RunFolder:
 
     def rewind(self, epochs: int) -> None:
         """Forgets what comes after so many epochs."""
+        angles = self.angles()
+        if any(len(rows) > epochs for rows in angles.values()):
+            self._write_angles({layer: rows[:epochs] for layer, rows in angles.items()})
         self.write_metrics([line for line in self.metrics() if line["epoch"] <= epochs])
 
     def write_metrics(self, epochs: list[dict]) -> None:
         """Replaces `metrics.jsonl` whole."""
-        text = "".join(json.dumps(line) + "\n" for line in epochs)
+        lines = sealed_metrics(self._settings(), epochs)
+        text = "".join(json.dumps(line) + "\n" for line in lines)
         self.write("metrics.jsonl", lambda file: file.write(text.encode()))
 
     def angles(self) -> dict[str, np.ndarray]:
@@ -164,37 +185,51 @@ class RunFolder:
         Raises UserError if the file is damaged.
         """
         path = self.path / "angles.npz"
-        if not path.exists():
-            return {}
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                return {name: arrays[name] for name in arrays.files}
-        except Exception as error:  # zip, header and value errors alike
-            raise UserError(f"{path} cannot be read ({error}): move its folder away") from None
+        with reading(path, "move it away to go on without what it held"):
+            try:
+                angles = read_arrays(path)
+            except FileNotFoundError:
+                return {}
+            shapes = {rows.shape for rows in angles.values()}
+            if len(shapes) > 1 or any(len(shape) != 2 for shape in shapes):
+                raise ValueError(f"arrays of {', '.join(map(str, shapes))}, not (epochs, samples)")
+            for layer, rows in angles.items():
+                if rows.dtype != np.float32 or (np.abs(rows) > 1.001).any():  # rounded; or NaN
+                    raise ValueError(f"{layer!r} does not hold float32 cosines")
+        return angles
 
     def add_epoch(self, metrics: dict, angles: dict[str, np.ndarray]) -> None:
-        """Puts down one epoch: its line of metrics, and the cosines (samples,) of each layer."""
+        """Puts down one epoch: its line of metrics, and the cosines (samples,) of each layer.
+
+        Cosines of earlier epochs that are not there, in a run out of a log say, become NaN.
+        """
         done = metrics["epoch"] - 1
-        before = self.angles()
-        whole = {
-            name: np.concatenate([before[name][:done], row[None]]) if name in before else row[None]
-            for name, row in angles.items()
-        }
-        self.write("angles.npz", lambda file: np.savez(file, **whole))
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+        before, whole = self.angles(), {}
+        for layer, row in angles.items():
+            whole[layer] = np.full((done + 1, len(row)), np.nan, np.float32)
+            known = before.get(layer, whole[layer])[:done]
+            whole[layer][: len(known)] = known
+            whole[layer][done] = row
+        self._write_angles(whole)
+        self.write_metrics([*self.metrics(), metrics])
+
+    def log(self, *lines: str) -> None:
+        """Appends lines to `log.txt`, with the time and a checksum; the run must be started."""
+        run = checksum(self._settings())
+        with open(self.path / "log.txt", "a", encoding="utf-8") as file:
+            file.writelines(
+                f"{datetime.now():%Y-%m-%d %H:%M:%S}  {logs.sealed(line, run)}\n"
+                for line in lines
+            )
             file.flush()
             os.fsync(file.fileno())
 
-    def log(self, *lines: str) -> None:
-        """Appends lines to `log.txt`, with the time."""
-        with open(self.path / "log.txt", "a", encoding="utf-8") as file:
-            file.writelines(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}\n" for line in lines)
+    def _settings(self) -> dict | None:
+        config = self.config()
+        return config["settings"] if config else None
 
-
-def diverged(metrics: dict) -> bool:
-    """Whether this epoch ended with a loss that is no number."""
-    return metrics["train_loss"] is None or metrics["test_loss"] is None
+    def _write_angles(self, angles: dict[str, np.ndarray]) -> None:
+        self.write("angles.npz", lambda file: np.savez(file, **angles))
 
 
 def rounded(value: float) -> float | None:

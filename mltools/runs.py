@@ -13,11 +13,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mltools import checkpoints
 from mltools.data import DataSet
-from mltools.errors import UserError
+from mltools.errors import UserError, one_line
+from mltools.files import reading
 from mltools.logs import epoch_lines
 from mltools.results import RunFolder, diverged, rounded
 from mltools.training import Experiment, Trainer
+
+CHECKPOINT = {"epoch": int, "batch": int, "seconds": float, "device": str, "model": dict}
+"""What a checkpoint holds, beside the rest of `Trainer.state_dict`."""
 
 
 def train(
@@ -59,7 +64,8 @@ def train(
                 report(f"{name}: {line}")
 
             if _train(trainer, folder, settings, log, epoch_ended, stop):
-                folder.write("state.pt", partial(torch.save, trainer.model.state_dict()))
+                state = dict(trainer.model.state_dict())
+                folder.write("state.pt", partial(checkpoints.save, content=state))
                 (folder.path / "checkpoint.pt").unlink(missing_ok=True)
 
 
@@ -83,7 +89,7 @@ def _train(
         try:
             trainer.capture()
         except RuntimeError as error:
-            log(f"no CUDA graph, steps are launched one by one ({_line(error)})")
+            log(f"no CUDA graph, steps are launched one by one ({one_line(error)})")
 
     while epoch < epochs and not any(map(diverged, folder.metrics()[-1:])):
         start = time.perf_counter() - seconds
@@ -129,7 +135,7 @@ def _resume(trainer: Trainer, folder: RunFolder) -> tuple[int, int, float]:
     Returns: epochs finished, batches done in the next one, and the seconds that these took.
     """
     path = folder.path / "checkpoint.pt"
-    checkpoint = load_checkpoint(path)
+    checkpoint = checkpoints.load(path, CHECKPOINT)
     if checkpoint is None:
         folder.rewind(0)
         return 0, 0, 0.0
@@ -137,10 +143,8 @@ def _resume(trainer: Trainer, folder: RunFolder) -> tuple[int, int, float]:
         raise UserError(
             f"{folder.path} was begun on {checkpoint['device']}: go on there, with --device"
         )
-    try:
+    with reading(path, "it is another run's: move its folder away"):
         trainer.load_state_dict(checkpoint)
-    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} does not fit this run ({_line(error)}): move it away") from None
     epoch = checkpoint["epoch"]
     folder.rewind(epoch)
     if len(folder.metrics()) < epoch:
@@ -161,7 +165,7 @@ def _save(
         "device": trainer.device.type,
         **trainer.state_dict(),
     }
-    folder.write("checkpoint.pt", partial(torch.save, checkpoint))
+    folder.write("checkpoint.pt", partial(checkpoints.save, content=checkpoint))
 
 
 def _stream(device: torch.device) -> AbstractContextManager:
@@ -169,21 +173,6 @@ def _stream(device: torch.device) -> AbstractContextManager:
     if device.type != "cuda":
         return nullcontext()
     return torch.cuda.stream(torch.cuda.Stream(device))
-
-
-def _line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def load_checkpoint(path: Path) -> dict | None:
-    """Reads a checkpoint, where there is one. Raises UserError if it is damaged."""
-    if not path.exists():
-        return None
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many kinds for a damaged file
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} cannot be read ({reason}): move its folder away") from None
 
 
 def environment(device: torch.device) -> dict:

@@ -63,6 +63,7 @@ def summarise(name: str, folders: Sequence[RunFolder]) -> Row:
         row.alignment = {
             layer: (cosine["mean"], cosine["std"])
             for layer, cosine in metrics.get("alignment", {}).items()
+            if cosine["mean"] is not None
         }
         row.angles_from = f"{name}/{first}" if row.alignment else ""
     return row

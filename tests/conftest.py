@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mltools.sweep import exit_code
+from mltools.errors import exit_code
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

@@ -7,7 +7,7 @@ import signal
 import sys
 from pathlib import Path
 
-from mltools.sweep import exit_code
+from mltools.errors import exit_code
 
 
 def run(script: str, arguments: list[str], results: Path, point: int, note: Path) -> None:

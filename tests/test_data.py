@@ -212,6 +212,8 @@ def dangling(path):
 BAD_FILES = {
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:1000]),
     "flipped byte": corrupt,
+    "bytes behind": lambda path: path.write_bytes(path.read_bytes() + b"more"),
+    "bytes in front": lambda path: path.write_bytes(b"more" + path.read_bytes()),
     "empty": lambda path: path.write_bytes(b""),
     "text": lambda path: path.write_text("<html>not found</html>"),
     "pickle": pickled,
@@ -240,7 +242,7 @@ def test_a_folder_without_permission_starts_no_fetch(tmp_path, monkeypatch):
 
     monkeypatch.setattr(data.Path, "lstat", locked)
     monkeypatch.setattr("builtins.open", locked)
-    with pytest.raises(UserError, match="cannot read .*cifar10.npz .Permission denied.; "):
+    with pytest.raises(UserError, match="cifar10.npz cannot be read .Permission denied.: "):
         load("CIFAR-10", tmp_path)
 
 
@@ -310,6 +312,8 @@ def test_grey_sources_hold_tensors(tmp_path, monkeypatch, torchvision):
         urllib.error.URLError("no route to host"),
         RuntimeError("Error downloading x:\nTried y, got:\nno route to host"),
         ConnectionResetError("no route to host"),
+        AssertionError("no route to host"),
+        ValueError("no route to host"),
     ],
     ids=lambda error: type(error).__name__,
 )
@@ -413,9 +417,9 @@ def test_imagenet_streams_and_is_never_written(tmp_path, small, monkeypatch):
 
 
 def test_imagenette_comes_from_torchvision(tmp_path, small, monkeypatch, torchvision):
-    def fake(root, split, size, transform, download):
+    def fake(root, split, size, transform, loader, download):
         assert download and size == "160px"
-        return torchvision.datasets.ImageFolder(root / "images" / split, transform)
+        return torchvision.datasets.ImageFolder(root / "images" / split, transform, loader=loader)
 
     image_folder(tmp_path / "images")
     monkeypatch.setattr(torchvision.datasets, "Imagenette", fake)
@@ -424,6 +428,21 @@ def test_imagenette_comes_from_torchvision(tmp_path, small, monkeypatch, torchvi
     monkeypatch.setattr(data, "IMAGENETTE_LENGTHS", (6, 4))
     assert load("ImageNette", tmp_path).test.dataset.tensors[1].tolist() == [0, 0, 1, 1]
     assert (tmp_path / "imagenette.npz").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"text", b"\x89PNG\r\n\x1a\n", None], ids=["empty", "text", "sign", "half"]
+)
+def test_a_damaged_image_is_one_line(tmp_path, small, content):
+    image_folder(tmp_path / "imagewoof")
+    image_folder(tmp_path / "imagenet")
+    for name in ("ImageWoof", "ImageNet"):
+        path = tmp_path / name.lower() / "val" / "bee" / "1.png"
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) * 3 // 4] if content is None else content)
+        with pytest.raises(UserError, match="1.png cannot be read .*: replace it, or") as caught:
+            load(name, tmp_path).test.dataset[3]
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["ImageWoof", "ImageNet"])

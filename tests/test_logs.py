@@ -4,7 +4,10 @@ import json
 import os
 import random
 import re
+import subprocess
+import sys
 import threading
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 from unittest.mock import Mock
@@ -14,7 +17,7 @@ import torch
 
 import log_retrieval
 from mltools.data import load
-from mltools.logs import CNN_LAYERS, epoch_lines, parse
+from mltools.logs import CNN_LAYERS, epoch_lines, parse, sealed
 from mltools.networks import Network
 from mltools.results import RunFolder
 from mltools.runs import train
@@ -31,19 +34,30 @@ def metrics(epoch, shift=0.0):
         "test_loss": round(2.1 - epoch / 10 + shift, 4),
         "test_accuracy": round(29.5 + epoch + shift, 4),
         "alignment": {
-            layer: {"mean": round(0.1 * epoch - 0.05 * i, 4), "std": 0.0123}
+            layer: {"mean": round(0.08 * epoch - 0.05 * i, 4), "std": 0.0123}
             for i, layer in enumerate(("lin1", "act1"))
         },
         "seconds": 1.5,
     }
 
 
+def settings_of(name="fc-tanh", seed=0, epochs=5):
+    more = {"dataset": "CIFAR-10", "batch_size": 128, "feedback_placement": "release"}
+    return {"experiment": {"name": name}, "seed": seed, "epochs": epochs, **more}
+
+
+def logged(lines, settings):
+    run = zlib.crc32(json.dumps(settings).encode())
+    return "".join(f"{STAMP}  {sealed(line, run)}\n" for line in lines).encode()
+
+
 def own_log(name="fc-tanh", seed=0, epochs=5, shift=0.0):
-    settings = {"experiment": {"name": name}, "seed": seed, "epochs": epochs}
-    lines = [f"{name} seed {seed}: {epochs} epochs", f"settings {json.dumps(settings)}"]
+    settings = settings_of(name, seed, epochs)
+    lines = [f"{name} seed {seed}: {epochs} epochs of CIFAR-10 on cpu"]
+    lines.append(f"settings {json.dumps(settings)}")
     for epoch in range(1, epochs + 1):
         lines += epoch_lines(metrics(epoch, shift), epochs)
-    return "".join(f"{STAMP}  {line}\n" for line in lines).encode()
+    return logged(lines, settings)
 
 
 FC = ("0_Linear(in=3072)", "1_Tanh()", "2_Bottleneck(in=800)", "3_Tanh()", "4_Linear(out=10)")
@@ -76,13 +90,13 @@ def test_our_log_comes_back_exactly():
     (run,), skipped = parse(own_log())
     assert run.name == "fc-tanh/seed-0" and skipped == []
     assert list(run.epochs.values()) == [metrics(epoch) for epoch in range(1, 6)]
-    assert run.settings == {"experiment": {"name": "fc-tanh"}, "seed": 0, "epochs": 5}
+    assert run.settings == settings_of()
 
 
 def test_a_diverged_epoch_comes_back_as_null():
     broken = {**metrics(1), "train_loss": None, "alignment": {"act1": {"mean": None, "std": None}}}
-    head = own_log(epochs=0)
-    data = head + "".join(f"{STAMP}  {line}\n" for line in epoch_lines(broken, 5)).encode()
+    head = b"".join(own_log().splitlines(keepends=True)[:2])
+    data = head + logged(epoch_lines(broken, 5), settings_of())
     (run,), _ = parse(data)
     assert run.epochs == {1: broken}
 
@@ -121,15 +135,16 @@ def test_line_ends_and_progress_do_no_harm(log):
 
 def test_corrupt_bytes_cost_their_line_only_and_are_told():
     data = own_log()
-    data = data.replace(b"alignment act1: mean 0.1500", b"alignment act1: mean 0.1\xff00")
+    data = data.replace(b"act1, epoch 2: mean 0.1100", b"act1, epoch 2: mean 0.1\xff00")
     data = data.replace(b"epoch 4/5: train", b"epoch 4/5: tr\xc3in")
     number = 1 + data[: data.index(b"\xff")].count(b"\n")
     (run,), skipped = parse(data)
     assert sorted(run.epochs) == [1, 2, 3, 5]
     assert list(run.epochs[2]["alignment"]) == ["lin1"]
     assert run.epochs[3] == metrics(3) and run.epochs[5] == metrics(5)
-    assert number in [skip.line for skip in skipped] and len(skipped) == 3
-    assert "epoch 2 lacks the alignment of act1" in skipped[-1].reason
+    assert number in [skip.line for skip in skipped] 
+    reasons = ["epoch 4 is missing", "epoch 2 lacks the alignment of act1"]
+    assert [skip.reason for skip in skipped[2:]] == [f"fc-tanh/seed-0: {x}" for x in reasons]
 
 
 def test_every_run_in_a_file_is_found():
@@ -142,8 +157,8 @@ def test_every_run_in_a_file_is_found():
 
 def test_a_run_that_was_killed_and_gone_on_with_is_one_run():
     lines = own_log().splitlines(keepends=True)
-    again = lines[: 2 + 3 * 3] + [b"fc-tanh seed 0: going on after epoch 2\n"] + lines[2 + 2 * 3 :]
-    (run,), skipped = parse(b"".join(again))
+    going_on = logged(["fc-tanh seed 0: going on after epoch 2"], settings_of())
+    (run,), skipped = parse(b"".join([*lines[: 2 + 3 * 3], going_on, *lines[2 + 2 * 3 :]]))
     assert list(run.epochs.values()) == [metrics(epoch) for epoch in range(1, 6)]
     assert skipped == []
 
@@ -174,11 +189,11 @@ def test_a_log_cut_anywhere_keeps_every_epoch_before_the_cut(log, end):
             assert found[epoch] | {"seconds": 0} == whole[epoch] | {"seconds": 0}
 
 
-@pytest.mark.parametrize(("log", "start"), [(own_log, b"settings"), (release_log, b"Training w")])
-def test_a_run_whose_first_line_is_lost_is_not_taken_for_the_one_before(log, start):
+@pytest.mark.parametrize("log", [own_log, release_log])
+def test_a_run_whose_beginning_is_lost_is_not_taken_for_the_one_before(log):
     first = log()
-    second = log(seed=1).replace(start, b"sett\xffngs")
-    runs, skipped = parse(first + second)
+    second = log(seed=1).replace(b"settings", b"sett\xffngs").replace(b"Training w", b"Train\xffng")
+    runs, skipped = parse(first + second.replace(b"seed 1: 5 epochs of", b"seed 1: \xff epochs of"))
     assert [run.epochs for run in runs] == [parse(first)[0][0].epochs]
     assert any("unknown run" in skip.reason for skip in skipped)
 
@@ -221,14 +236,17 @@ def test_the_command_prints_lines_or_writes_folders(tmp_path, monkeypatch, capsy
     log.write_bytes(own_log() + b"2026-11-23 16:56:17  alignment act1: mean 0.")
     code, out, err = retrieve(monkeypatch, capsys, log)
     assert code == 0
-    assert [json.loads(line) for line in out.splitlines()] == [
-        {"run": "fc-tanh/seed-0", **metrics(epoch)} for epoch in range(1, 6)
-    ]
+    printed = [json.loads(line) for line in out.splitlines()]
+    assert [line.pop("run") for line in printed] == ["fc-tanh/seed-0"] * 5
     assert err.startswith(f"{log}:18: skipped, damaged line")
 
     code, _, _ = retrieve(monkeypatch, capsys, log, "--output", tmp_path / "out")
     lines = (tmp_path / "out/fc-tanh/seed-0/metrics.jsonl").read_text().splitlines()
-    assert code == 0 and [json.loads(line) for line in lines] == [metrics(i) for i in range(1, 6)]
+    assert code == 0 and [json.loads(line) for line in lines] == printed
+    for line in printed:
+        line.pop("crc32")
+    folder = RunFolder(tmp_path / "out/fc-tanh/seed-0")
+    assert folder.metrics() == printed == [metrics(epoch) for epoch in range(1, 6)]
 
     (tmp_path / "out/fc-tanh/seed-0/metrics.jsonl").write_text("mine")
     code, out, _ = retrieve(monkeypatch, capsys, log, "--output", tmp_path / "out")
@@ -273,7 +291,8 @@ def test_the_log_of_a_real_run_gives_its_metrics_to_the_byte(trained, tmp_path):
 
 def test_a_real_log_cut_anywhere_keeps_every_epoch_before_the_cut(trained):
     data = (trained.path / "log.txt").read_bytes()
-    ends = [match.end() for match in re.finditer(rb"epoch \d/4: .* s\n", data)]
+    ends = [match.end() for match in re.finditer(rb"  epoch \d/4: .*\n", data)]
+    assert len(ends) == 4
     dice = random.Random(2)
     for cut in (dice.randrange(len(data)) for _ in range(200)):
         runs, _ = parse(data[:cut])
@@ -293,7 +312,8 @@ def test_a_run_whose_settings_are_damaged_keeps_its_name_and_its_epochs(trained)
         assert "damaged" in skipped[0].reason and skipped[0].line == 2
     (run,), skipped = parse(data.replace(b"settings", b"sett\xffngs"))
     assert list(run.epochs.values()) == trained.metrics()
-    assert [skip.reason for skip in skipped] == ["tiny/seed-3: its settings are lost"]
+    assert skipped[0].line == 2 and skipped[0].reason.startswith("damaged line, or of an unknown")
+    assert [skip.reason for skip in skipped[1:]] == ["tiny/seed-3: its settings are lost"]
 
 
 @pytest.mark.parametrize("log", [own_log, release_log])
@@ -359,3 +379,70 @@ def test_several_logs_and_runs_go_where_their_names_say(tmp_path, monkeypatch, c
         folder = RunFolder(tmp_path / "out" / name)
         assert len(folder.metrics()) == epochs and folder.finished()
         assert folder.config()["environment"] == {"retrieved": True}
+
+
+def test_numbers_that_cannot_be_are_not_believed_though_their_line_is_whole():
+    head = b"".join(own_log().splitlines(keepends=True)[:2])
+    good = epoch_lines(metrics(1), 5)
+    for old, new in (("accuracy 31", "accuracy 131"), ("epoch 1/", "epoch 0/"),
+                     ("loss 1.9", "loss -1.9"), ("accuracy 30.5000", "accuracy nan"),
+                     ("mean 0.0800", "mean 1.0800")):  # fmt: skip
+        changed = [line.replace(old, new) for line in good]
+        assert changed != good
+        runs, (skip,) = parse(head + logged(changed, settings_of()))
+        assert runs == [] and skip.reason.startswith("damaged line (")
+
+
+def test_lines_of_another_run_are_not_taken_for_this_ones():
+    ours, other = (own_log(seed=seed, shift=seed).splitlines(keepends=True) for seed in (0, 1))
+    mixed = ours[: 2 + 3 * 2] + other[2 + 3 * 2 :]
+    (run,), skipped = parse(b"".join(mixed))
+    assert list(run.epochs.values()) == [metrics(1), metrics(2)]
+    assert len(skipped) == 9 and all("of an unknown run" in skip.reason for skip in skipped)
+    both, skipped = parse(b"".join([*other[:2], *mixed]))
+    assert [run.name for run in both] == ["fc-tanh/seed-1", "fc-tanh/seed-0"]
+    assert list(both[0].epochs.values()) == [metrics(epoch, 1) for epoch in (3, 4, 5)]
+    assert list(both[1].epochs.values()) == [metrics(1), metrics(2)]
+    assert [skip.reason for skip in skipped] == ["fc-tanh/seed-1: epochs 1 to 2 are missing"]
+
+
+@pytest.mark.parametrize("what", ["..", "../../x", "/etc/x", "a" * 300, "x for 5 epochs on", "."])
+def test_a_name_in_a_log_leads_nowhere_else(tmp_path, monkeypatch, capsys, what):
+    log = tmp_path / "log.txt"
+    text = release_log().decode()
+    log.write_text(re.sub(r"Training .* for 4 epochs", f"Training {what} for 4 epochs", text))
+    (tmp_path / "a").mkdir()
+    retrieve(monkeypatch, capsys, log, "--output", tmp_path / "a" / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "log.txt"}
+    assert {path.name for path in (tmp_path / "a").iterdir()} <= {"out"}
+
+
+def test_what_is_shown_of_a_damaged_line_can_be_printed(tmp_path, monkeypatch, capsys):
+    log = tmp_path / "log.txt"
+    log.write_bytes(b"settings {\x1b]0;title\x07 \xff\x00\xe2\x80\xa8\n")
+    code, out, err = retrieve(monkeypatch, capsys, log)
+    assert code == 1 and out == "" and len(err.splitlines()) == 2
+    assert all(c.isprintable() for c in err.replace("\n", ""))
+
+
+def test_a_reader_that_goes_away_ends_the_command_quietly(tmp_path):
+    log = tmp_path / "log.txt"
+    log.write_bytes(own_log(epochs=12) * 1000 + b"".join(own_log(seed=n) for n in range(200)))
+    command = [sys.executable, Path(log_retrieval.__file__), log]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
+@pytest.mark.parametrize("name", ["fc-tanh", "fc-tanh/seed-0", "fc-tanh/seed-0/config.json"])
+def test_an_output_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys, name):
+    log, blocked = tmp_path / "log.txt", tmp_path / "out" / name
+    log.write_bytes(own_log())
+    blocked.parent.mkdir(parents=True)
+    if name.endswith("config.json"):
+        blocked.mkdir()
+    else:
+        blocked.write_text("mine")
+    code, out, err = retrieve(monkeypatch, capsys, log, "--output", tmp_path / "out")
+    assert (code, out, err.count("\n")) == (2, "", 1) and str(blocked) in err
