@@ -258,6 +258,57 @@ def settings_of(experiment: Experiment, seed: int, options: Options) -> dict:
     }
 
 
+def _board(folder: RunFolder, options: Options) -> AbstractContextManager[Board | None]:
+    if not options.tensorboard:
+        return nullcontext()
+    return Board(folder.path / "tensorboard", len(folder.metrics()))
+
+
+def _set_arithmetic(options: Options) -> None:
+    """Sets what PyTorch keeps for the whole process."""
+    precision = "tf32" if options.precision == "tf32" else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = precision
+    torch.backends.cudnn.conv.fp32_precision = precision
+    if options.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(options.deterministic)
+
+
+@contextmanager
+def _threads_shared(options: Options) -> Iterator[None]:
+    """On the CPU, runs that go on at once share its threads."""
+    threads = torch.get_num_threads()
+    if options.device == "cpu":
+        torch.set_num_threads(max(1, threads // options.at_once()))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _stopped_by_signals(stop: threading.Event) -> Iterator[None]:
+    """Makes the first Ctrl-C or SIGTERM set `stop`; the second one kills."""
+
+    def handle(number: int, frame: object) -> None:
+        stop.set()
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Complains in one line, as the scripts do of everything."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
 def _count_or_auto(text: str) -> int | None:
     if text == "auto":
         return None
