@@ -8,6 +8,7 @@ from pickle import UnpicklingError
 from typing import BinaryIO
 
 import torch
+from torch.utils.serialization import config
 
 from mltools.archives import open_archive
 from mltools.files import reading
@@ -19,7 +20,8 @@ def save(file: BinaryIO, content: dict) -> None:
     Raises OSError as `file.write` does.
     """
     whole = io.BytesIO()  # PyTorch would make a RuntimeError of an OSError
-    torch.save(content, whole)
+    with config.patch("save.compute_crc32", True):
+        torch.save(content, whole)
     file.write(whole.getbuffer())
 
 

@@ -24,7 +24,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a write that fails does not tell
+        if error.errno and not error.filename:
+            error.filename = str(path)  # a write that fails does not tell
         raise
     finally:
         temporary.unlink(missing_ok=True)

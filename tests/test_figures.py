@@ -14,9 +14,11 @@ from mltools.tables import Row, Table
 
 
 def run(path, cosines, test=(30.0, 40.0), epochs=None, diverged=False):
-    """A run's folder: `cosines`, per epoch, of act1; act2 has twice as much."""
+    """A run's folder: `cosines`, per epoch, of act1; act2 has half as much."""
     folder = RunFolder(path)
-    folder.start({"seed": int(path.name.split("-")[1]), "epochs": epochs or len(cosines)}, {})
+    settings = {"dataset": "tiny", "batch_size": 8, "feedback_placement": "every-layer"}
+    settings |= {"seed": int(path.name.split("-")[1]), "epochs": epochs or len(cosines)}
+    folder.start(settings, {})
     folder.write_metrics(
         [
             {
@@ -27,7 +29,7 @@ def run(path, cosines, test=(30.0, 40.0), epochs=None, diverged=False):
                 "test_accuracy": accuracy,
                 "alignment": {
                     "act1": {"mean": cosine, "std": 0.5},
-                    "act2": {"mean": 2 * cosine, "std": 0.5},
+                    "act2": {"mean": cosine / 2, "std": 0.5},
                 }
                 if cosine is not None
                 else {},
@@ -73,7 +75,7 @@ def test_curves_are_means_and_sample_deviations_over_the_runs_that_count(rows):
     assert rows["fc-a"].alignment["act1"] == {
         1: pytest.approx((0.2, deviation)), 2: pytest.approx((0.3, deviation))
     }  # fmt: skip
-    assert rows["fc-a"].alignment["act2"][2] == pytest.approx((0.6, 2 * deviation))
+    assert rows["fc-a"].alignment["act2"][2] == pytest.approx((0.15, deviation / 2))
     assert rows["fc-a"].test == {
         1: pytest.approx((31, 2**0.5)), 2: pytest.approx((42, 8**0.5))
     }  # fmt: skip

@@ -26,7 +26,7 @@ import bottleneck_from_log
 import log_retrieval
 from mltools import checkpoints, logs
 from mltools.data import load
-from mltools.errors import UserError
+from mltools.errors import UserError, exit_code
 from mltools.networks import Network
 from mltools.records import metrics_problem, settings_problem
 from mltools.results import RunFolder
@@ -427,7 +427,7 @@ def test_a_damaged_log_of_the_release_never_raises():
 def call(main, monkeypatch, capsys, *arguments):
     monkeypatch.setattr("sys.argv", ["command", *map(str, arguments)])
     capsys.readouterr()
-    code = main()
+    code = main() if main is log_retrieval.main else exit_code(main)
     return code, *capsys.readouterr()
 
 
@@ -524,7 +524,8 @@ def test_results_folders_that_cannot_be_written_are_one_line(runs, tmp_path, sta
         blocked.mkdir(parents=True)
     arguments = ("--tables-only", "--results-dir", results, "--experiments", "fc-tanh")
     code, out, err = start(best_practices.main, *arguments)
-    assert code == 2 and out == "" and err.count("\n") == 1 and str(blocked) in err
+    assert code == (2 if name == "." else 1)
+    assert out == "" and err.count("\n") == 1 and str(blocked) in err
 
 
 @pytest.mark.parametrize("name", ["alignment.png", "accuracy.pdf", "table.md"])
@@ -532,7 +533,7 @@ def test_figures_that_cannot_be_written_are_one_line(runs, tmp_path, monkeypatch
     shutil.copytree(runs[1][0].path, tmp_path / NAME / "seed-0")
     (tmp_path / name).mkdir()
     code, out, err = call(bottleneck_from_log.main, monkeypatch, capsys, tmp_path)
-    assert code == 2 and out == "" and err.count("\n") == 1 and str(tmp_path / name) in err
+    assert code == 1 and out == "" and err.count("\n") == 1 and str(tmp_path / name) in err
 
 
 def test_the_mutations_are_those_that_are_named():

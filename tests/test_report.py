@@ -15,6 +15,8 @@ SETTINGS = {
     "experiment": {"name": "x", "network": {"hidden": [8, 8], "dropout": 0.0}, "prealigned": False},
     "dataset": "tiny",
     "epochs": 3,
+    "batch_size": 8,
+    "feedback_placement": "every-layer",
 }
 HOSTILE = "<b>&\"'x"
 
@@ -173,7 +175,8 @@ def test_links_lead_to_what_is_below_the_page_and_nowhere_else(page):
 def test_settings_are_told_once_where_all_rows_have_them_in_common(page):
     common = dict(page[3].table("Common to all rows"))
     assert common == {
-        "setting": "value", "dropout": "0.0", "prealigned": "no", "dataset": "tiny", "epochs": "3"
+        "setting": "value", "dropout": "0.0", "prealigned": "no", "dataset": "tiny", "epochs": "3",
+        "batch size": "8", "feedback placement": "every-layer",
     }  # fmt: skip
     assert page[3].table("Different between rows") == [
         ["experiment", "hidden"], ["fc", "8, 8"], ["100% a#b", "4"]

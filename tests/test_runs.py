@@ -318,7 +318,7 @@ def test_a_diverged_run_stops_is_recorded_as_null_and_logged(tmp_path, method):
     assert results.diverged(metrics) and folder.finished()
     message = "wild seed 4: diverged in epoch 1, stopped"
     assert lines[-1] == message
-    assert (tmp_path / "log.txt").read_text().endswith(message + "\n")
+    assert f"  {message} #" in (tmp_path / "log.txt").read_text().splitlines()[-1]
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
@@ -339,7 +339,7 @@ def test_a_finished_run_leaves_the_files_of_the_design(tmp_path):
     log = (tmp_path / "log.txt").read_text()
     for metrics in folder.metrics():
         said = epoch_lines(metrics, EPOCHS)
-        assert [line for line in said if f"  {line}\n" not in log] == []
+        assert [line for line in said if f"  {line} #" not in log] == []
 
 
 def test_the_state_is_that_of_the_network_and_loads_into_it(tmp_path):
