@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 # DistributedDataParallel imports this too, but later: its default arguments would take hold of the
-# process group, whose threads would outlive it and now and then abort the interpreter at its end.
+# process group. Its threads would outlive its destruction and can abort the interpreter at its end.
 import torch.distributed.nn.functional
 from torch import nn
 from torch.nn import functional as F
