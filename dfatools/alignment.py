@@ -1,6 +1,6 @@
 """How well DFA's signals are aligned with the gradients of backpropagation (Section 2.2)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,6 +16,7 @@ def measure_alignment(
 ) -> dict[str, Tensor]:
     """The cosine between DFA's signal and the BP gradient at the output of each leaf module.
 
+    It is the cosine of the alignment angle of Section 2.2: 1 is BP's direction, 0 a right angle.
     Both are taken on one forward pass, in eval mode; no parameter's gradient is computed. The
     model's mode, its gradients and the random state are as before afterwards.
 
@@ -31,6 +32,7 @@ def measure_alignment(
 
     Raises:
         ValueError: the model has no `DFA`, or several.
+        RuntimeError: the loss is no scalar, or no parameter asks for gradients.
     """
     result = {}
     for name, probes in probe(model, x, y, loss).items():
@@ -82,8 +84,9 @@ def probe(model: nn.Module, x: Tensor, y: Tensor, loss: Callable) -> dict[str, l
         def hook(module: nn.Module, args: tuple, output):
             if isinstance(output, Tensor) and output.requires_grad:
                 source = args[0] if args and isinstance(args[0], Tensor) else None
-                source = source if source is not None and source.requires_grad else None
-                calls.append((name, gated.get(source, source), output))
+                if source is not None:
+                    source = gated.get(source, source) if source.requires_grad else None
+                calls.append((name, source, output))
                 return output.clone()  # as at the gates: an in-place module may come next
             return None
 
@@ -133,9 +136,9 @@ def probe(model: nn.Module, x: Tensor, y: Tensor, loss: Callable) -> dict[str, l
 @contextmanager
 def _undisturbed(
     model: nn.Module, dfa: DFA, bottlenecks: list[BottleneckLinear], device: torch.device
-):
+) -> Iterator[nn.Module]:
     """Eval mode, nothing cut; afterwards everything is as it was, the random state too."""
-    generators = {layer.input_generator for layer in bottlenecks} - {None}
+    generators = {layer.input_generator for layer in bottlenecks if layer.input_generator}
     states = [(generator, generator.get_state()) for generator in generators]
     modes = {module: module.training for module in model.modules()}
     method = dfa.training_method

@@ -1,6 +1,7 @@
 """From a network for backpropagation to one for Direct Feedback Alignment."""
 
 import copy
+from typing import Any, TypeGuard
 
 from torch import nn
 
@@ -17,7 +18,7 @@ WEIGHT_LAYERS = (
 )
 
 
-def dfa_from_bp(model: nn.Sequential, **dfa_options) -> nn.Sequential:
+def dfa_from_bp(model: nn.Sequential, **dfa_options: Any) -> nn.Sequential:
     """Makes a DFA network of an ordinary Sequential, which is left as it was.
 
     A feedback point goes in front of every Linear or convolution but the first, in nested
@@ -27,13 +28,13 @@ def dfa_from_bp(model: nn.Sequential, **dfa_options) -> nn.Sequential:
     result; the new ones are called `feedback_<name of the layer behind>` and `dfa`.
 
     Args:
-        model: the network; its output is the network's output.
+        model: the network, whose input and output are those of the result, `(*batch, *features)`.
         dfa_options: the keyword arguments of `DFA`.
 
     Raises:
         TypeError: `model` is no Sequential, or one with a forward of its own.
         ValueError: it has fewer than two weight layers, feedback points already, or a module that
-            is called `dfa`.
+            is called `dfa`; or `DFA` refuses an option.
     """
     if not _is_plain(model):
         raise TypeError(
@@ -66,7 +67,7 @@ def _with_points(model: nn.Sequential, layers: list[DFALayer], first: bool) -> n
     return result
 
 
-def _is_plain(module: nn.Module) -> bool:
+def _is_plain(module: nn.Module) -> TypeGuard[nn.Sequential]:
     """Whether it is a Sequential that runs its modules one by one, and does no more than that."""
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 

@@ -13,6 +13,8 @@ layer, and no product with a transposed weight matrix is ever formed.
 
 import math
 import sys
+from collections.abc import Iterable, Sequence
+from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -34,6 +36,8 @@ class DFALayer(nn.Module):
     Shapes: any `(*batch, *features)`, unchanged, with as many batch dimensions as its `DFA` says.
     """
 
+    _dfa: "DFA | None"
+
     def __init__(self) -> None:
         super().__init__()
         # In __dict__, so as not to be a submodule: the DFA stands elsewhere in the network.
@@ -53,13 +57,15 @@ class DFA(nn.Module):
     """Direct Feedback Alignment for a list of feedback points; placed on the output.
 
     It owns one random matrix, (output size, largest feedback size), with entries from N(0, 1),
-    shared by all the points: the i-th gets the first d_i columns. It is made on the first forward
-    pass, on the output's device, in float32 or wider. In a distributed run the first process's
-    matrix is everybody's.
+    shared by all the points: the i-th gets the first d_i columns, which are its B_i, (output size,
+    d_i), in Eq. 2. It is made on the first forward pass, on the output's device, in float32 or
+    wider. In a distributed run the first process's matrix is everybody's.
 
     Args:
         layers: the `DFALayer`s that this output feeds, in network order.
-        normalization: scale B_i to a standard deviation of 1 / sqrt(d_i * output size) (Section 3).
+        normalization: scale B_i to a standard deviation of 1 / sqrt(d_i * output size) (Section 3),
+            so that the norm of e B_i is about that of e over sqrt(output size), whatever d_i is.
+            Without it, the standard deviation is 1, and the norm sqrt(d_i) times that of e.
         reduction: `"mean"` sends back e itself; `"sum"` sends back e times the number of samples
             in the batch (in a distributed run: over all processes), which under a mean loss is
             the summed error of the 2019 release.
@@ -70,7 +76,14 @@ class DFA(nn.Module):
         feedback_device: where the matrix is kept, if not where the output is.
         generator: draws the matrix; without one the device's default generator does.
 
-    Shapes: any `(*batch, *features)`, unchanged.
+    Attributes:
+        layers: the feedback points, a tuple.
+        training_method: as above.
+        feedback_matrix: a buffer, (output size, largest d_i), without normalization; None before
+            the first forward pass. It is saved in the `state_dict`, and taken up from one.
+
+    Shapes: any `(*batch, *features)`, unchanged. All that is not batch counts as one vector of
+    features: (channel, height, width) of a convolution, say.
 
     Raises:
         TypeError: an entry of `layers` is no `DFALayer`.
@@ -81,7 +94,7 @@ class DFA(nn.Module):
 
     def __init__(
         self,
-        layers,
+        layers: Iterable[DFALayer],
         normalization: bool = True,
         reduction: str = "mean",
         training_method: str = "dfa",
@@ -119,7 +132,7 @@ class DFA(nn.Module):
         self.register_buffer("feedback_matrix", None)
         self._sizes: dict[int, int] = {}  # features at each point, as last seen
         self._pending: list[Tensor] = []  # what the forward pass under way has cut
-        self._pass = None  # the frame of that pass, see _forget_unfinished_pass
+        self._pass: FrameType | None = None  # the frame of that pass, see _forget_unfinished_pass
 
     @property
     def training_method(self) -> str:
@@ -170,36 +183,47 @@ class DFA(nn.Module):
     def feedback(self, i: int) -> Tensor:
         """B_i as the i-th feedback point gets it, (output size, d_i), normalization included.
 
-        Raises RuntimeError before the first forward pass, when the sizes are not known yet.
+        Raises:
+            RuntimeError: before the first forward pass, when the sizes are not known yet.
+            IndexError: there is no such point.
         """
         i = range(len(self.layers))[i]
-        if self.feedback_matrix is None or i not in self._sizes:
-            raise RuntimeError("the feedback is known after the first forward pass")
+        matrix = self._matrix()
+        if i not in self._sizes:
+            raise RuntimeError(f"feedback point {i} has not been called yet: its size is unknown")
         size = self._sizes[i]
-        return self.feedback_matrix[:, :size] * self._scale(size)
+        return matrix[:, :size] * self._scale(size)
 
-    def signals(self, error: Tensor, shapes: list[torch.Size]) -> list[Tensor]:
+    def signals(self, error: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
         """What DFA sends to hidden activations of these shapes for the output error e = dL/dy.
 
         Args:
             error: e, `(*batch, *features)`, shaped as the output.
             shapes: `(*batch, *features)` of each activation.
 
-        Returns: e B_i for each, in the feedback matrix's type, on e's device.
+        Returns: e B_i for each, times the batch's size under `reduction="sum"`, in the feedback
+        matrix's type, on e's device.
+
+        Raises RuntimeError before the first forward pass.
         """
-        matrix = self.feedback_matrix
+        matrix = self._matrix()
         rows = error.flatten(0, self.batch_dims - 1).flatten(1)
         if self.reduction == "sum":
             rows = rows * (rows.shape[0] * _processes())
         sizes = [shape[self.batch_dims :].numel() for shape in shapes]
         # One product serves all points: they share its columns, up to their scale.
-        common = rows.to(matrix.device, matrix.dtype) @ matrix[:, : max(sizes)]
+        common = rows.to(matrix.device, matrix.dtype) @ matrix[:, : max(sizes, default=0)]
         common = common.to(error.device)
         by_size = {size: common[:, :size] * self._scale(size) for size in set(sizes)}
         return [by_size[size].reshape(shape) for size, shape in zip(sizes, shapes)]
 
     def _scale(self, size: int) -> float:
-        return 1 / math.sqrt(size * self.feedback_matrix.shape[0]) if self.normalization else 1.0
+        return 1 / math.sqrt(size * self._matrix().shape[0]) if self.normalization else 1.0
+
+    def _matrix(self) -> Tensor:
+        if self.feedback_matrix is None:
+            raise RuntimeError("the feedback is known after the first forward pass")
+        return self.feedback_matrix
 
     def _cut(self, index: int, hidden: Tensor) -> Tensor:
         """Called by a feedback point: notes its activation and ends the graph there."""
@@ -301,9 +325,10 @@ def _processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _outermost_module_call():
+def _outermost_module_call() -> FrameType | None:
     """The frame of the outermost module call under way in this thread, or None."""
-    frame, outermost = sys._getframe(1), None
+    frame: FrameType | None = sys._getframe(1)
+    outermost = None
     while frame is not None:
         if frame.f_code is nn.Module._call_impl.__code__:
             outermost = frame

@@ -17,16 +17,18 @@ def prealign(
 
     With DFA's signal S at a layer's input, (N, in), and the BP gradient G at its output, (N, out),
     both on the given batch, W^T = S^T pinv(G^T), divided by its Frobenius norm (Section 4). Then
-    G W, what BP sends through the layer, is the least-squares approximation to the direction of S. Each
-    layer is set before the next is measured. S is what the feedback point right before the layer
-    gets, or where none stands there, what arrives there from behind. The first weight layer, and
-    layers other than Linear, keep their weights; biases are kept.
+    G W, what BP sends through the layer, is the least-squares approximation to the direction of S.
+    Each layer is set before the next is measured. S is what the feedback point right before the
+    layer gets, or where none stands there, what arrives there from behind. Tokens count as samples.
+    The first weight layer, layers other than Linear, and layers that nothing is learned in front
+    of, keep their weights; biases are kept.
 
     Args:
         model, x, y, loss: as for `measure_alignment`.
 
     Raises:
         ValueError: the model has no `DFA` or several, or uses a Linear more than once per pass.
+        RuntimeError: as for `measure_alignment`.
     """
     layers = {name: model.get_submodule(name) for name in probe(model, x, y, loss)}
     layers = {name: layer for name, layer in layers.items() if isinstance(layer, WEIGHT_LAYERS)}

@@ -317,6 +317,14 @@ def test_frozen_layers_and_inputs_that_ask_for_gradients():
             torch.testing.assert_close(cosines[name], whole[name], rtol=0, atol=1e-12)
 
 
+def test_a_network_of_which_only_the_head_learns():
+    model = fc().requires_grad_(False)
+    model[-2].requires_grad_(True)
+    measured = measure_alignment(model, *batch(), F.cross_entropy)
+    assert list(measured) == ["4"]
+    assert torch.equal(measured["4"], torch.ones(8, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("model, number", [
     (nn.Sequential(nn.Linear(7, 4)), 0),
     (nn.Sequential(nn.Linear(7, 4), DFA([DFALayer()]), DFA([DFALayer()])), 2),

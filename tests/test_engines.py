@@ -1,10 +1,15 @@
 """DFA under torch.compile, DistributedDataParallel, autocast and CUDA."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+
+# DistributedDataParallel imports this too, but later: its default arguments would take hold of the
+# process group. Its threads would outlive its destruction and can abort the interpreter at its end.
+import torch.distributed.nn.functional
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -107,6 +112,8 @@ def _train_distributed(rank, folder):
         found = gradients(DistributedDataParallel(model), x, y)
         torch.save((found, model.state_dict()), folder / f"{reduction}-{rank}.pt")
     dist.destroy_process_group()
+    threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]  # on Linux
+    assert not any("gloo" in name for name in threads), threads
 
 
 def test_two_processes_give_the_gradients_of_the_whole_batch(tmp_path):

@@ -549,7 +549,7 @@ def test_a_layer_without_a_dfa():
 
 
 @pytest.mark.parametrize("layers, error, message", [
-    (lambda: [], ValueError, "at least one DFALayer"),
+    (list, ValueError, "at least one DFALayer"),
     (lambda: [nn.Linear(2, 3)], TypeError, "a list of DFALayer, not Linear"),
     (lambda: [DFALayer()] * 2, ValueError, "listed twice"),
     (lambda: DFA([DFALayer()]).layers, ValueError, "already belongs to another"),
@@ -580,9 +580,14 @@ def test_a_bad_training_method_is_not_taken_up():
 
 
 def test_the_feedback_is_unknown_before_the_first_pass():
-    model = fc()
-    with pytest.raises(RuntimeError, match="known after the first forward pass"):
-        model[-1].feedback(0)
+    model, used = fc(), fc()
+    for ask in (lambda: model[-1].feedback(0), lambda: model[-1].signals(torch.ones(8, 4), [])):
+        with pytest.raises(RuntimeError, match="known after the first forward pass"):
+            ask()
+    used(batch()[0])
+    model.load_state_dict(used.state_dict())  # the matrix is there, the points' sizes are not
+    with pytest.raises(RuntimeError, match="point 1 has not been called yet"):
+        model[-1].feedback(1)
 
 
 @pytest.mark.parametrize("method", ["dfa", "bp", "shallow"])

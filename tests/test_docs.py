@@ -1,0 +1,91 @@
+"""The code in the documentation runs as written, and so does the example."""
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib import image
+from torch.nn import functional as F
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+WITH_CODE = ["README.md", "own-network.md"]
+
+
+def program(page: Path) -> str:
+    """The Python blocks of a page, each in its lines; the lines of all else are empty."""
+    lines, inside = [], False
+    for line in page.read_text().splitlines():
+        if line.startswith("```"):
+            inside = line == "```python"
+            line = ""
+        lines.append(line if inside else "")
+    return "\n".join(lines)
+
+
+def test_which_pages_have_code():
+    assert [page.name for page in PAGES if program(page).strip()] == WITH_CODE
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.name in WITH_CODE], ids=lambda page: page.name
+)
+def test_the_code_of_a_page_runs_as_written(page, tmp_path):
+    code = program(page)
+    run = subprocess.run(
+        [sys.executable, "-c", f"exec(compile({code!r}, {page.name!r}, 'exec'))"],
+        cwd=tmp_path,
+        # As torchrun would set them for a single process.
+        env=os.environ
+        | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        | {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_files_that_a_page_links_to_are_there(page):
+    links = re.findall(r"\]\(([^)#]+)", page.read_text())
+    files = [link for link in links if "://" not in link]
+    assert [link for link in files if not (page.parent / link).exists()] == []
+
+
+@pytest.fixture
+def example():
+    return runpy.run_path(str(ROOT / "examples" / "own_network.py"))
+
+
+def test_the_example_draws_its_figure(example, one_thread, monkeypatch, capsys, tmp_path):
+    figure = tmp_path / "figure.png"
+    monkeypatch.setattr(sys, "argv", ["own_network.py", "--epochs", "2", "--output", str(figure)])
+    example["main"]()
+    assert image.imread(figure).shape[:2] == (720, 1800)
+    lines = capsys.readouterr().out.splitlines()
+    accuracy = {line.split()[0]: float(line.split()[-2]) for line in lines[:6]}  # after epoch 2
+    assert accuracy["bp"] > accuracy["dfa"] > 60
+    cosines = [float(part.split()[-1]) for part in lines[6].split(", ")]
+    assert len(cosines) == 7
+    # The last block aligns first, from behind; the first layers have not begun to.
+    assert cosines[6] > 0.4
+    assert cosines[6] > cosines[5] > cosines[4] > max(cosines[:3])
+
+
+@pytest.mark.parametrize(
+    "method, learning",
+    [("dfa", {"stem", "block1", "block2", "block3", "head"}), ("shallow", {"head"})],
+)
+def test_no_gradient_gets_past_the_points_of_the_example(example, method, learning):
+    torch.manual_seed(0)
+    model = example["ResNet"]()
+    model.dfa.training_method = method
+    F.cross_entropy(model(torch.randn(4, 1, 32, 32)), torch.arange(4)).backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert {name.split(".")[0] for name in grads} == learning
+    assert all(gradient.abs().max() > 0 for gradient in grads.values())
