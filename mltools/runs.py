@@ -21,7 +21,14 @@ from mltools.logs import epoch_lines
 from mltools.results import RunFolder, diverged, rounded
 from mltools.training import Experiment, Trainer
 
-CHECKPOINT = {"epoch": int, "batch": int, "seconds": float, "device": str, "model": dict}
+CHECKPOINT = {
+    "settings": str,
+    "epoch": int,
+    "batch": int,
+    "seconds": float,
+    "device": str,
+    "model": dict,
+}
 """What a checkpoint holds, beside the rest of `Trainer.state_dict`."""
 
 
@@ -79,7 +86,7 @@ def _train(
 ) -> bool:
     """All epochs that are left; whether it came to the end, and was not stopped."""
     epochs, device = settings["epochs"], trainer.device
-    epoch, batch, seconds = _resume(trainer, folder)
+    epoch, batch, seconds = _resume(trainer, folder, settings)
     if epoch or batch:
         log(f"going on after epoch {epoch}" + (f", batch {batch}" if batch else ""))
     else:
@@ -96,7 +103,7 @@ def _train(
         trainer.begin(epoch + 1, batch)
         while batch < len(trainer.batches):
             if stop.is_set():
-                _save(trainer, folder, epoch, batch, time.perf_counter() - start)
+                _save(trainer, folder, settings, epoch, batch, time.perf_counter() - start)
                 return False
             trainer.step()
             batch += 1
@@ -119,7 +126,7 @@ def _train(
         # The log first: a kill can make it say an epoch twice, but not skip one.
         folder.log(*epoch_lines(metrics, epochs))
         folder.add_epoch(metrics, cosines)
-        _save(trainer, folder, epoch)  # now the epoch counts
+        _save(trainer, folder, settings, epoch)  # now the epoch counts
         epoch_ended(metrics)
         if diverged(metrics):
             log(f"diverged in epoch {epoch}, stopped")
@@ -129,7 +136,7 @@ def _train(
     return True
 
 
-def _resume(trainer: Trainer, folder: RunFolder) -> tuple[int, int, float]:
+def _resume(trainer: Trainer, folder: RunFolder, settings: dict) -> tuple[int, int, float]:
     """Takes up the folder's checkpoint, and forgets what was put down after it.
 
     Returns: epochs finished, batches done in the next one, and the seconds that these took.
@@ -139,11 +146,13 @@ def _resume(trainer: Trainer, folder: RunFolder) -> tuple[int, int, float]:
     if checkpoint is None:
         folder.rewind(0)
         return 0, 0, 0.0
+    if checkpoint["settings"] != json.dumps(settings):
+        raise UserError(f"{path} is another run's: put this run's back, or move its folder away")
     if checkpoint["device"] != trainer.device.type:
         raise UserError(
             f"{folder.path} was begun on {checkpoint['device']}: go on there, with --device"
         )
-    with reading(path, "it is another run's: move its folder away"):
+    with reading(path, "move its folder away"):
         trainer.load_state_dict(checkpoint)
     epoch = checkpoint["epoch"]
     folder.rewind(epoch)
@@ -156,9 +165,15 @@ def _resume(trainer: Trainer, folder: RunFolder) -> tuple[int, int, float]:
 
 
 def _save(
-    trainer: Trainer, folder: RunFolder, epoch: int, batch: int = 0, seconds: float = 0.0
+    trainer: Trainer,
+    folder: RunFolder,
+    settings: dict,
+    epoch: int,
+    batch: int = 0,
+    seconds: float = 0.0,
 ) -> None:
     checkpoint = {
+        "settings": json.dumps(settings),
         "epoch": epoch,
         "batch": batch,
         "seconds": seconds,

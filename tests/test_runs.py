@@ -427,3 +427,35 @@ def test_a_diverged_run_that_was_killed_before_its_end_does_not_train_on(tmp_pat
     folder.write_metrics([first, {**second, "train_loss": None}])
     run(tmp_path / "run", Experiment("bp", SMALL, **BP))
     assert len(folder.metrics()) == 2 and (folder.path / "state.pt").exists()
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    one, other = interrupted(tmp_path / "one", 2), interrupted(tmp_path / "other", 2)
+    settings = settings_of(Experiment("bp", SMALL, **BP), seed=5)
+    content = torch.load(one.path / "checkpoint.pt", weights_only=True)
+    torch.save({**content, "settings": json.dumps(settings)}, other.path / "checkpoint.pt")
+    with pytest.raises(UserError, match="checkpoint.pt is another run's"):
+        run(other.path, Experiment("bp", SMALL, **BP))
+    torch.save({**content, "device": "cuda"}, other.path / "checkpoint.pt")
+    with pytest.raises(UserError, match="was begun on cuda: go on there"):
+        run(other.path, Experiment("bp", SMALL, **BP))
+    assert len(other.metrics()) == 2
+
+
+@pytest.mark.parametrize("damage", ["shape", "missing", "type", "generator"])
+def test_a_checkpoint_that_does_not_fit_the_network_is_one_line(tmp_path, damage):
+    folder = interrupted(tmp_path / "run", 2)
+    path = folder.path / "checkpoint.pt"
+    content = torch.load(path, weights_only=True)
+    if damage == "shape":
+        content["model"]["lin1.weight"] = torch.zeros(3, 3)
+    elif damage == "missing":
+        del content["model"]["lin1.weight"]
+    elif damage == "type":
+        content["totals"] = "none"
+    else:
+        content["generator"] = torch.zeros(3, dtype=torch.uint8)
+    torch.save(content, path)
+    with pytest.raises(UserError, match="checkpoint.pt cannot be read") as caught:
+        run(folder.path, Experiment("bp", SMALL, **BP))
+    assert "\n" not in str(caught.value) and len(folder.metrics()) == 2
