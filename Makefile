@@ -1,11 +1,12 @@
 # make demo    the paper's tables and a short bottleneck sweep on the embedded digits
 # make test    the tests
+# make soak    the tests of kills and of damaged files, at length
 # Both set up a virtual environment of their own first.
 
 PYTHON = python3
 VENV = .venv
 
-.PHONY: demo test
+.PHONY: demo test soak
 demo: $(VENV)/installed
 	$(VENV)/bin/python best_practices.py --dataset Digits --seeds 0 --epochs 15 --batch-size 32 \
 		--results-dir results/demo
@@ -14,6 +15,9 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-tests
 	$(VENV)/bin/python -m pytest -q tests
+
+soak: $(VENV)/installed-tests
+	DFA_SOAK=15 $(VENV)/bin/python -m pytest -q -rP tests/test_kills.py tests/test_fuzz.py
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
