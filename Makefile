@@ -1,7 +1,7 @@
 # make demo    the paper's tables and a short bottleneck sweep on the embedded digits
 # make test    the tests
 # make soak    the tests of kills and of damaged files, at length
-# Both set up a virtual environment of their own first.
+# All set up a virtual environment of their own first.
 
 PYTHON = python3
 VENV = .venv

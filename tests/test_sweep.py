@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -248,3 +249,44 @@ def test_quiet_shows_the_tables_alone(start, tmp_path):
     assert (code, err) == (0, "") and out.startswith("### ")
     config = json.loads((folder(tmp_path).path / "config.json").read_text())
     assert "quiet" not in config["settings"]
+
+
+def test_tensorboard_gets_every_epoch_once(start, tmp_path, monkeypatch):
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            written.append((folder, purge_step))
+
+        def add_scalar(self, name, value, epoch):
+            written.append((name, value, epoch))
+
+        def flush(self):
+            pass
+
+        def close(self):
+            written.append("closed")
+
+    monkeypatch.setitem(sys.modules, "tensorboard", ModuleType("tensorboard"))
+    fake = ModuleType("torch.utils.tensorboard")
+    fake.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    command = [*TWO_EPOCHS, "--experiments", ROW, "--seeds", "0", "--results-dir", tmp_path]
+    assert start(best_practices.main, *command, "--tensorboard")[0] == 0
+    one = folder(tmp_path)
+    expected = []
+    for metrics in one.metrics():
+        epoch = metrics["epoch"]
+        for name in ("loss", "accuracy"):
+            for half in ("train", "test"):
+                expected.append((f"{name}/{half}", metrics[f"{half}_{name}"], epoch))
+        for layer, cosine in metrics["alignment"].items():
+            expected.append((f"alignment/{layer}", cosine["mean"], epoch))
+    assert written == [(one.path / "tensorboard", 1), *expected, "closed"]
+
+
+def test_tensorboard_without_its_package_is_one_line(start, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    code, _, err = start(best_practices.main, "--tensorboard", "--results-dir", tmp_path / "r")
+    assert code == 2 and err == "error: --tensorboard needs a package: pip install tensorboard\n"
+    assert not (tmp_path / "r").exists()
