@@ -271,7 +271,8 @@ def _set_arithmetic(options: Options) -> None:
     torch.backends.cudnn.conv.fp32_precision = precision
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(options.deterministic)
+    if options.deterministic != torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(options.deterministic)  # imports a lot
 
 
 @contextmanager

@@ -2,34 +2,48 @@
 
 import builtins
 import importlib
+import json
 import os
 import signal
 import sys
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
+import torch
+from matplotlib.figure import Figure
+
+from mltools import sweep
+from mltools.data import DataSet, load
 from mltools.errors import exit_code
 
+Point = tuple[str, int]
 
-def run(script: str, arguments: list[str], results: Path, point: int, note: Path) -> None:
-    """Runs a script's main in this process, and kills it at its `point`-th write below `results`.
 
-    A point is a write, of which one half gets to the file, or a sync, a rename or a removal, which
-    does not happen. `note` gets a line that says what it was; if there is no such point, a line
-    with the number of points that there were. Point 0 is never reached.
+def run(script: str, arguments: list[str], results: Path, point: Point | None, note: Path) -> None:
+    """Runs a script's main in this process, and kills it at a point of its writing.
+
+    Points are writes below `results`, of which one half gets to the file, and the syncs, renames and
+    removals of files, which do not happen. They are counted by kind, such as "write log.txt".
+    `note` gets the kind and number of the point if it is reached, and else how many there were of
+    each kind, as JSON.
+
+    Args:
+        point: the kind, and the number from 1; nothing is killed if it is None.
     """
-    points = 0
+    points: Counter[str] = Counter()
     real_open = builtins.open
 
-    def put_down(line: object) -> None:
-        with real_open(note, "a") as file:
-            file.write(f"{line}\n")
+    def put_down(content: object) -> None:
+        with real_open(note, "w") as file:
+            json.dump(content, file)
 
-    def reached(what: str) -> bool:
-        nonlocal points
-        points += 1
-        if points == point:
-            put_down(what)
-        return points == point
+    def reached(kind: str) -> bool:
+        points[kind] += 1
+        there = (kind, points[kind]) == point
+        if there:
+            put_down(point)
+        return there
 
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -79,8 +93,17 @@ def run(script: str, arguments: list[str], results: Path, point: int, note: Path
     builtins.open = open_torn
     for name in ("fsync", "replace", "unlink"):
         setattr(os, name, before(getattr(os, name), name))
+    sweep.load = few_images
+    # How long drawing takes is no matter here; that the file is written is.
+    Figure.savefig = lambda figure, file, **options: file.write(b"drawn")
     sys.argv = [script, *arguments]
     sys.stdout = real_open(os.devnull, "w")
     code = exit_code(importlib.import_module(script).main)
     put_down(points)
     sys.exit(code)
+
+
+def few_images(name: str, data_dir: Path) -> DataSet:
+    data = load(name, data_dir)
+    train, test = data.train.subset(torch.arange(200)), data.test.subset(torch.arange(100))
+    return replace(data, train=train, test=test)
