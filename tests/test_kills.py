@@ -39,7 +39,7 @@ SHARE = {"fc-dropout": 8, "fc-batchnorm": 7, "cnn": 2, "bottleneck": 8}  # of 25
 def processes():
     """Forks from a process that has imported everything: a start costs little."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["faults", "best_practices", "bottleneck"])
+    context.set_forkserver_preload(["faults", "best_practices", "bottleneck", "torch._dynamo"])
     return context
 
 
