@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dfatools import DFA, DFALayer, measure_alignment
-from mltools.data import DataSet, Loader, load
+from mltools.data import DataSet, Loader, TrainingLoader, load
 
 matplotlib.use("Agg")  # files only: no display is needed
 from matplotlib import pyplot as plt
@@ -81,15 +81,14 @@ def train(method: str, data: DataSet, epochs: int) -> tuple[list[float], dict[st
     model = ResNet()
     model.dfa.training_method = method
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    batches = Loader(data.train, 50, "cpu", shuffle=True)
+    batches = TrainingLoader(data.train, 50, "cpu")
     x_test, y_test = next(iter(Loader(data.test, len(data.test), "cpu")))
     activations = [name for name, module in model.named_modules() if isinstance(module, nn.Tanh)]
     accuracy: list[float] = []
     alignment: dict[str, list[float]] = {name: [] for name in activations}
     for epoch in range(epochs):
-        batches.set_epoch(epoch)
         model.train()
-        for x, y in batches:
+        for x, y in batches.epoch(epoch):
             optimizer.zero_grad()
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
