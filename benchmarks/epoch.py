@@ -1,6 +1,6 @@
 """Times one epoch as the scripts run it, against the plain loop that people write.
 
-    python benchmarks/epoch.py                                the paper's two networks, on random images
+    python benchmarks/epoch.py                            the paper's two networks, random images
     python benchmarks/epoch.py --networks fc --epochs 5
     python benchmarks/epoch.py --device cuda
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine, the clock, and the arithmetic that a step cannot avoid."""
+"""What the benchmarks share: the machine, the clock, the arithmetic that a step cannot avoid."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dfatools import DFA, DFALayer  # noqa: E402
+from dfatools import DFA, DFALayer
 
 WARM_UP = 5  # calls that are not counted
 
@@ -50,7 +50,7 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 def in_turns(
     works: Sequence[Callable[[], object]], repeats: int, device: torch.device
 ) -> list[list[float]]:
-    """Calls each work in turn, so that whatever else the machine does slows all; seconds of each."""
+    """Calls the works in turn, so that what else the machine does slows all; seconds of each."""
     rows = [[seconds(work, device) for work in works] for _ in range(WARM_UP + repeats)]
     return [list(column) for column in zip(*rows[WARM_UP:])]
 
@@ -94,7 +94,9 @@ def products(model: nn.Sequential, x: Tensor) -> tuple[int, list[Callable[[], ob
                 if needs:
                     works.append(_product(sent, module.weight.detach()))
             else:
-                works.append(lambda: F.conv2d(inner, module.weight.detach(), None, 1, module.padding))
+                works.append(
+                    lambda: F.conv2d(inner, module.weight.detach(), None, 1, module.padding)
+                )
                 works.append(lambda: _convolution_backward(module, sent, inner, needs))
 
     hooks = [module.register_forward_hook(note) for module in model]

@@ -13,14 +13,14 @@ import matplotlib
 import numpy as np
 
 matplotlib.use("Agg")  # files only: no display is needed
-from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.cm import ScalarMappable  # noqa: E402
-from matplotlib.colors import BoundaryNorm, ListedColormap  # noqa: E402
-from matplotlib.ticker import LogFormatter, MaxNLocator  # noqa: E402
+from matplotlib import pyplot as plt
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
-from mltools.files import write_atomically  # noqa: E402
-from mltools.results import RunFolder, diverged  # noqa: E402
-from mltools.tables import Spread, Table  # noqa: E402
+from mltools.files import write_atomically
+from mltools.results import RunFolder, diverged
+from mltools.tables import Spread, Table
 
 COLUMN, PAGE = 3.4, 7.0  # inches
 matplotlib.rcParams.update(

@@ -162,9 +162,7 @@ _SEEDING = _compile(rf"Seeding with {_COUNT}\.")
 _TRAINING = _compile(
     rf"Training ([ -~]+) for {_COUNT} epochs on dataset ([\w.-]+) with a batch size of {_COUNT}:"
 )
-_START = _compile(
-    rf"EPOCH {_COUNT}/\d+(?:, last epoch processed in (\d{{1,9}}\.\d{{1,9}})s)?:"
-)
+_START = _compile(rf"EPOCH {_COUNT}/\d+(?:, last epoch processed in (\d{{1,9}}\.\d{{1,9}})s)?:")
 _LAYER = _compile(rf"{_COUNT}_(\w+)\(.*\) -- mean:{_NUMBER}, std:{_NUMBER}")
 _LOSSES = _compile(
     rf"Training loss: {_LOSS} \(top-1:(\d+\.\d)%\) -- "

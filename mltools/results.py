@@ -218,8 +218,7 @@ class RunFolder:
         run = checksum(self._settings())
         with open(self.path / "log.txt", "a", encoding="utf-8") as file:
             file.writelines(
-                f"{datetime.now():%Y-%m-%d %H:%M:%S}  {logs.sealed(line, run)}\n"
-                for line in lines
+                f"{datetime.now():%Y-%m-%d %H:%M:%S}  {logs.sealed(line, run)}\n" for line in lines
             )
             file.flush()
             os.fsync(file.fileno())

@@ -24,7 +24,6 @@ from mltools.results import RunFolder
 from mltools.runs import train
 from mltools.training import PRECISIONS, Experiment
 
-
 PARALLEL_ON_CUDA = 8  # an estimate: nobody has measured it yet
 
 
@@ -220,10 +219,13 @@ def run(script: str, experiments: Iterable[Experiment], options: Options) -> Non
                 raise
             progress.run_ended()
 
-        with _threads_shared(options), ThreadPoolExecutor(options.at_once()) as pool:
-            with _stopped_by_signals(stop):
-                futures = [pool.submit(one, *run) for run in todo]
-                wait(futures)
+        with (
+            _threads_shared(options),
+            ThreadPoolExecutor(options.at_once()) as pool,
+            _stopped_by_signals(stop),
+        ):
+            futures = [pool.submit(one, *run) for run in todo]
+            wait(futures)
     for future in futures:
         future.result()
     if stop.is_set():

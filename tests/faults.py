@@ -62,7 +62,11 @@ def run(script: str, arguments: list[str], results: Path, point: int, note: Path
 
     def open_torn(path, mode="r", *args, **options):
         file = real_open(path, mode, *args, **options)
-        if isinstance(path, (str, Path)) and Path(path).is_relative_to(results) and mode[0] in "wax":
+        if (
+            isinstance(path, (str, Path))
+            and Path(path).is_relative_to(results)
+            and mode[0] in "wax"
+        ):
             # A temporary file is called .<name>.<random>.
             name = Path(path).name
             return Torn(file, name if name[0] != "." else name[1:].rsplit(".", 1)[0])

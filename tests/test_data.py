@@ -571,7 +571,9 @@ def test_loaders_of_one_part_share_its_tensors(device):
 @pytest.mark.parametrize("epoch", [None, 0, 1], ids=["in-order", "epoch-0", "epoch-1"])
 def test_streaming_gives_the_same_batches(device, epoch, streaming, monkeypatch):
     def loader():
-        return Loader(part(), 10, device) if epoch is None else TrainingLoader(part(), 10, device, 4)
+        if epoch is None:
+            return Loader(part(), 10, device)
+        return TrainingLoader(part(), 10, device, 4)
 
     streamed = loader()
     monkeypatch.setattr(data, "fits", lambda size, device: True)

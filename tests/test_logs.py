@@ -142,7 +142,7 @@ def test_corrupt_bytes_cost_their_line_only_and_are_told():
     assert sorted(run.epochs) == [1, 2, 3, 5]
     assert list(run.epochs[2]["alignment"]) == ["lin1"]
     assert run.epochs[3] == metrics(3) and run.epochs[5] == metrics(5)
-    assert number in [skip.line for skip in skipped] 
+    assert number in [skip.line for skip in skipped]
     reasons = ["epoch 4 is missing", "epoch 2 lacks the alignment of act1"]
     assert [skip.reason for skip in skipped[2:]] == [f"fc-tanh/seed-0: {x}" for x in reasons]
 
