@@ -624,3 +624,13 @@ def test_half_of_the_free_memory_is_exact(monkeypatch):
     monkeypatch.setattr(data.Path, "read_text", lambda path: "MemFree: 9 kB\nMemAvailable:  2 kB\n")
     cpu = torch.device("cpu")
     assert data.fits(1023, cpu) and not data.fits(1024, cpu)
+
+
+def test_where_the_system_does_not_say_what_is_free_it_is_8_gib(monkeypatch):
+    def missing(path):
+        raise FileNotFoundError
+
+    cpu = torch.device("cpu")
+    for read in (missing, lambda path: "MemTotal: 9 kB\nMemFree: 9 kB\n"):
+        monkeypatch.setattr(data.Path, "read_text", read)
+        assert data.fits(2**32 - 1, cpu) and not data.fits(2**32, cpu)
