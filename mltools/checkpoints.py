@@ -20,7 +20,7 @@ def save(file: BinaryIO, content: dict) -> None:
     Raises OSError as `file.write` does.
     """
     whole = io.BytesIO()  # PyTorch would make a RuntimeError of an OSError
-    with config.patch("save.compute_crc32", True):
+    with config.patch("save.compute_crc32", True):  # type: ignore[attr-defined]  # set at import
         torch.save(content, whole)
     file.write(whole.getbuffer())
 

@@ -14,7 +14,7 @@ import math
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -194,6 +194,7 @@ class _OwnReader:
             return "damaged line" if _OWN.match(line) else None
         text, seal = intact.groups()
         run = int(seal, 16) ^ zlib.crc32(text.encode())
+        take: Callable[..., str | None]  # given the run and the groups of a pattern
         for pattern, take in ((_HEADING, self._heading), (_SETTINGS, self._settings)):
             if match := pattern.fullmatch(text):
                 return take(run, *match.groups())

@@ -270,7 +270,7 @@ def _set_arithmetic(options: Options) -> None:
     """Sets what PyTorch keeps for the whole process."""
     precision = "tf32" if options.precision == "tf32" else "ieee"
     torch.backends.cuda.matmul.fp32_precision = precision
-    torch.backends.cudnn.conv.fp32_precision = precision
+    torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]  # set at import
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(options.deterministic)
