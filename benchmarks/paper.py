@@ -62,7 +62,8 @@ def main() -> None:
     )  # fmt: skip
     at_once = options.at_once()
     print(f"{machine(device)}; {args.precision}, {at_once} run(s) at once")
-    sweep.load = functools.cache(sweep.load)  # once, as in a sweep of all rows
+    # Once, as in a sweep of all rows.
+    sweep.load = functools.cache(sweep.load)  # type: ignore[assignment]  # only what hashes
     total = bound = 0.0
     with tempfile.TemporaryDirectory() as folder:
         write_random_images(Path(folder) / "cifar10.npz")
