@@ -1,11 +1,12 @@
 # make demo    the paper's tables and a short bottleneck sweep on the embedded digits
 # make test    the tests
-# Both set up a virtual environment of their own first.
+# make lint    style and types
+# Each sets up a virtual environment of its own first.
 
 PYTHON = python3
 VENV = .venv
 
-.PHONY: demo test
+.PHONY: demo test lint
 demo: $(VENV)/installed
 	$(VENV)/bin/python best_practices.py --dataset Digits --seeds 0 --epochs 15 --batch-size 32 \
 		--results-dir results/demo
@@ -14,6 +15,11 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-tests
 	$(VENV)/bin/python -m pytest -q tests
+
+lint: $(VENV)/installed-tests
+	$(VENV)/bin/python -m ruff check .
+	$(VENV)/bin/python -m ruff format --check .
+	$(VENV)/bin/python -m mypy
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
