@@ -1,12 +1,13 @@
 # make demo    the paper's tables and a short bottleneck sweep on the embedded digits
 # make test    the tests
 # make soak    the tests of kills and of damaged files, at length
-# All set up a virtual environment of their own first.
+# make lint    style and types
+# Each sets up a virtual environment of its own first.
 
 PYTHON = python3
 VENV = .venv
 
-.PHONY: demo test soak
+.PHONY: demo test soak lint
 demo: $(VENV)/installed
 	$(VENV)/bin/python best_practices.py --dataset Digits --seeds 0 --epochs 15 --batch-size 32 \
 		--results-dir results/demo
@@ -18,6 +19,11 @@ test: $(VENV)/installed-tests
 
 soak: $(VENV)/installed-tests
 	DFA_SOAK=15 $(VENV)/bin/python -m pytest -q -rP tests/test_kills.py tests/test_fuzz.py
+
+lint: $(VENV)/installed-tests
+	$(VENV)/bin/python -m ruff check .
+	$(VENV)/bin/python -m ruff format --check .
+	$(VENV)/bin/python -m mypy
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)

@@ -52,7 +52,8 @@ def write_report(runs: Mapping[str, Sequence[RunFolder]], folder: Path) -> str:
 
     Raises UserError if none of the rows is a bottleneck's, or if a result is damaged.
     """
-    tables, figures, shown = [], [], {}
+    tables, figures = [], []
+    shown: dict[str, Sequence[RunFolder]] = {}
     for prefix, title in KINDS.items():
         named = {name: _size(name, prefix) for name in runs}
         found = [name for name, size in named.items() if size]
@@ -92,20 +93,24 @@ def _figures(
     alignment, accuracy = [], []
     for init, label in INITS.items():
         for source, source_label in ((rows, ""), (published, ", published")):
-            points = [
-                (_size(row.name, prefix), row)
+            points = {
+                size: row
                 for row in source
-                if row.test and row.name.startswith(f"{prefix}{init}-")
-            ]
-            style = {"init": init, "hollow": bool(source_label)}
-            cosines = {size: row.alignment.get(BOTTLENECK) for size, row in points}
-            cosines = {size: spread for size, spread in cosines.items() if spread}
-            alignment.append(Series(f"{label}{source_label}", cosines, **style))
+                if row.name.startswith(f"{prefix}{init}-")
+                and row.test
+                and (size := _size(row.name, prefix))
+            }
+            cosines = {
+                size: row.alignment[BOTTLENECK]
+                for size, row in points.items()
+                if BOTTLENECK in row.alignment
+            }
+            hollow = bool(source_label)
+            alignment.append(Series(f"{label}{source_label}", cosines, init, hollow))
             for half in ("test", "train"):
-                spreads = {size: getattr(row, half) for size, row in points}
-                accuracy.append(
-                    Series(f"{label}, {half}{source_label}", spreads, **style, half=half)
-                )
+                spreads = {size: getattr(row, half) for size, row in points.items()}
+                name = f"{label}, {half}{source_label}"
+                accuracy.append(Series(name, spreads, init, hollow, half))
     cosine = "cosine at the bottleneck layer"
     return [
         sweep_figure(alignment, title, SIZE, cosine, folder / f"{prefix}alignment"),
@@ -120,7 +125,7 @@ def _epochs_figures(
     alignment, accuracy = [], []
     for init, label in INITS.items():
         sized = {
-            _size(name, prefix): row
+            str(_size(name, prefix)): row
             for name, row in rows.items()
             if name.startswith(f"{prefix}{init}-") and row.test
         }

@@ -19,7 +19,7 @@ from pathlib import Path
 from mltools.errors import UserError, one_line
 from mltools.files import reading
 from mltools.logs import Run, parse
-from mltools.records import sealed_metrics
+from mltools.records import checksum, sealed_metrics
 from mltools.results import RunFolder
 
 
@@ -37,7 +37,7 @@ def main() -> int:
             for run in retrieve(path):
                 recovered = True
                 if arguments.output is None:
-                    for line in sealed_metrics(run.settings, in_order(run)):
+                    for line in sealed_metrics(in_order(run), checksum(run.settings)):
                         print(json.dumps({"run": run.name, **line}))
                 elif restore(run, arguments.output):
                     print(f"{arguments.output / run.name}: {len(run.epochs)} epochs")

@@ -1,6 +1,6 @@
 """Times one epoch as the scripts run it, against the plain loop that people write.
 
-    python benchmarks/epoch.py                                the paper's two networks, on random images
+    python benchmarks/epoch.py                            the paper's two networks, random images
     python benchmarks/epoch.py --networks fc --epochs 5
     python benchmarks/epoch.py --device cuda
 
@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -72,18 +73,20 @@ class Images(Dataset):
 
 def plain_epoch(trainer: Trainer, data: DataSet, workers: int) -> None:
     device = trainer.device
-    common = {"num_workers": workers, "pin_memory": device.type == "cuda"}
-    train_set, test_set = (Images(*part.dataset.tensors) for part in (data.train, data.test))
+    loader = partial(
+        DataLoader, batch_size=BATCH, num_workers=workers, pin_memory=device.type == "cuda"
+    )
+    train_set, test_set = (Images(*part.dataset[:]) for part in (data.train, data.test))
     loss_sum, correct = 0.0, 0
     trainer.model.train()
-    for x, y in DataLoader(train_set, BATCH, shuffle=True, drop_last=True, **common):
+    for x, y in loader(train_set, shuffle=True, drop_last=True):
         x, y = x.to(device), y.to(device)
         output, loss = trainer.learn(x, y)
         loss_sum += loss.item() * len(y)
         correct += (output.argmax(1) == y).sum().item()
     trainer.model.eval()
     with torch.no_grad():
-        for x, y in DataLoader(test_set, BATCH, **common):
+        for x, y in loader(test_set):
             x, y = x.to(device), y.to(device)
             output = trainer.model(x)
             loss_sum += torch.nn.functional.cross_entropy(output, y).item() * len(y)
@@ -98,7 +101,8 @@ def measure(name: str, data: DataSet, device: torch.device, epochs: int, workers
         "batch_size": BATCH, "feedback_placement": "release", "precision": "float32",
     }  # fmt: skip
     plain = Trainer(experiment, data, settings, device)
-    x, y = (tensor[:BATCH] for tensor in data.train.resident(device))
+    plain.batches.begin(0)
+    x, y = plain.batches.take()
     count, works = products(plain.model, x)
 
     def bare() -> None:
@@ -118,11 +122,13 @@ def measure(name: str, data: DataSet, device: torch.device, epochs: int, workers
             theirs.append(seconds(lambda: plain_epoch(plain, data, workers), device))
             plain.model.train()
             step, products_alone = in_turns([lambda: plain.learn(x, y), bare], STEPS, device)
-            steps.extend(step), bares.extend(products_alone)
+            steps.extend(step)
+            bares.extend(products_alone)
         since = time.perf_counter()
 
     with tempfile.TemporaryDirectory() as folder:
-        torch.cuda.reset_peak_memory_stats() if device.type == "cuda" else None
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         train(
             experiment, data, RunFolder(Path(folder) / "run"), settings, device,
             lambda line: None, epoch_ended, threading.Event(),

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine, the clock, and the arithmetic that a step cannot avoid."""
+"""What the benchmarks share: the machine, the clock, the arithmetic that a step cannot avoid."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dfatools import DFA, DFALayer  # noqa: E402
+from dfatools import DFA, DFALayer
 
 WARM_UP = 5  # calls that are not counted
 
@@ -50,7 +50,7 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 def in_turns(
     works: Sequence[Callable[[], object]], repeats: int, device: torch.device
 ) -> list[list[float]]:
-    """Calls each work in turn, so that whatever else the machine does slows all; seconds of each."""
+    """Calls the works in turn, so that what else the machine does slows all; seconds of each."""
     rows = [[seconds(work, device) for work in works] for _ in range(WARM_UP + repeats)]
     return [list(column) for column in zip(*rows[WARM_UP:])]
 
@@ -81,7 +81,7 @@ def products(model: nn.Sequential, x: Tensor) -> tuple[int, list[Callable[[], ob
         if isinstance(module, DFALayer):
             fed.append(inner[0].numel())
         elif isinstance(module, DFA):
-            matrix = module.feedback_matrix[:, : max(fed)]
+            matrix = module.get_buffer("feedback_matrix")[:, : max(fed)]
             count += matrix.numel() * len(x)
             works.append(_product(sent, matrix))
         elif isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -94,7 +94,9 @@ def products(model: nn.Sequential, x: Tensor) -> tuple[int, list[Callable[[], ob
                 if needs:
                     works.append(_product(sent, module.weight.detach()))
             else:
-                works.append(lambda: F.conv2d(inner, module.weight.detach(), None, 1, module.padding))
+                works.append(
+                    lambda: F.conv2d(inner, module.weight.detach(), None, 1, module.padding)
+                )
                 works.append(lambda: _convolution_backward(module, sent, inner, needs))
 
     hooks = [module.register_forward_hook(note) for module in model]
@@ -132,4 +134,4 @@ def write_random_images(path: Path) -> None:
     for half, count in (("train", 50_000), ("test", 10_000)):
         arrays[f"x_{half}"] = random.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
         arrays[f"y_{half}"] = random.integers(0, 10, count, dtype=np.uint8)
-    np.savez(path, **arrays)
+    np.savez(path, allow_pickle=False, **arrays)

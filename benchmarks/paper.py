@@ -8,8 +8,8 @@ Every row of best_practices.py and, of bottleneck.py, the size 118 (the others c
 as the scripts run it, on random images, twice: for one epoch, and for some more. The difference is
 the time of an epoch, the rest that of setting up. From both follows the time of 50 epochs with 10
 seeds, or 14 sizes. As many seeds are run as go on at once, so that what an epoch costs beside
-others is measured too. `bound` is the number of multiply-adds in the training steps' matrix products
-and convolutions, at the rate of one large matrix product in the same process.
+others is measured too. `bound` is the number of multiply-adds in the training steps' matrix
+products and convolutions, at the rate of one large matrix product in the same process.
 """
 
 import argparse
@@ -62,7 +62,8 @@ def main() -> None:
     )  # fmt: skip
     at_once = options.at_once()
     print(f"{machine(device)}; {args.precision}, {at_once} run(s) at once")
-    sweep.load = functools.cache(sweep.load)  # once, as in a sweep of all rows
+    # Once, as in a sweep of all rows.
+    sweep.load = functools.cache(sweep.load)  # type: ignore[assignment]  # only what hashes
     total = bound = 0.0
     with tempfile.TemporaryDirectory() as folder:
         write_random_images(Path(folder) / "cifar10.npz")
@@ -85,9 +86,10 @@ def main() -> None:
                 f"{least / 60:9.1f}",
                 flush=True,
             )
+    what = "these rows" if args.experiments else "the whole paper"
     print(
-        f"extrapolated to {EPOCHS} epochs: {total / 60:.1f} minutes for "
-        f"{'these rows' if args.experiments else 'the whole paper'}, {total / bound:.2f} of the bound"
+        f"extrapolated to {EPOCHS} epochs: {total / 60:.1f} minutes for {what}, "
+        f"{total / bound:.2f} of the bound"
     )
 
 

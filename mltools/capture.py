@@ -11,7 +11,7 @@ WARM_UP = 3  # steps before the recording, in which libraries set themselves up
 def capture(
     step: Callable[[], None], state: Sequence[Tensor], generator: torch.Generator
 ) -> Callable[[], None]:
-    """Records a step and returns what launches it; that it ran while being recorded leaves no trace.
+    """Records a step and returns what launches it; its runs for the recording leave no trace.
 
     To be called on a stream other than the device's default one, and by one thread at a time.
 

@@ -20,7 +20,7 @@ def save(file: BinaryIO, content: dict) -> None:
     Raises OSError as `file.write` does.
     """
     whole = io.BytesIO()  # PyTorch would make a RuntimeError of an OSError
-    with config.patch("save.compute_crc32", True):
+    with config.patch("save.compute_crc32", True):  # type: ignore[attr-defined]  # set at import
         torch.save(content, whole)
     file.write(whole.getbuffer())
 
@@ -36,15 +36,14 @@ def load(path: Path, required: Mapping[str, type]) -> dict | None:
     """
     with reading(path, "move its folder away"):
         try:
-            file = open(path, "rb")
+            with open(path, "rb") as file, open_archive(file) as archive:
+                checked = _checked(archive)
         except FileNotFoundError:
             return None
-        with file, open_archive(file) as archive:
-            checked = _checked(archive)
-            try:
-                content = torch.load(checked, map_location="cpu", weights_only=True)
-            except UnpicklingError:  # whose message says how to execute it all the same
-                raise ValueError("it holds more than tensors and plain values") from None
+        try:
+            content = torch.load(checked, map_location="cpu", weights_only=True)
+        except UnpicklingError:  # whose message says how to execute it all the same
+            raise ValueError("it holds more than tensors and plain values") from None
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}, not a dict")
         for key, kind in required.items():

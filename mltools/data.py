@@ -29,17 +29,21 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL.Image import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from mltools.archives import read_arrays
 from mltools.errors import UserError, one_line
 from mltools.files import reading, write_atomically
+
+if TYPE_CHECKING:  # its import may fail, see import_torchvision
+    from torchvision.datasets import VisionDataset
 
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 
@@ -53,14 +57,15 @@ class Info:
         classes: number of classes.
         source: "embedded", "folder" (an image folder, cached), "stream" (an image folder read
             while training), or the torchvision class that fetches it.
-        size: images of varying size are scaled to this shorter side and cropped to its square.
+        size: images of varying size are scaled to this shorter side and cropped to its square; 0
+            where all have one size.
     """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
     classes: int
     source: str
-    size: int | None = None
+    size: int = 0
 
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -89,7 +94,12 @@ class Part:
         mean, std: per channel, of pixels in 0..1.
     """
 
-    def __init__(self, dataset: Dataset, mean: tuple[float, ...], std: tuple[float, ...]):
+    def __init__(
+        self,
+        dataset: "TensorDataset | Subset | VisionDataset",
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+    ) -> None:
         self.dataset = dataset
         self.mean, self.std = mean, std
         self._resident: dict[torch.device, tuple[Tensor, Tensor]] = {}
@@ -99,6 +109,7 @@ class Part:
 
     def subset(self, index: Tensor) -> "Part":
         """The samples at `index` (int64 [M]), in that order."""
+        dataset: TensorDataset | Subset
         if isinstance(self.dataset, TensorDataset):
             dataset = TensorDataset(*(tensor[index] for tensor in self.dataset.tensors))
         else:
@@ -296,7 +307,8 @@ def load(name: str, data_dir: str | os.PathLike) -> DataSet:
         if info.source == "embedded":  # 8x8 is too small for three poolings
             x = F.interpolate(x.float(), size=(32, 32), mode="bilinear").round().to(torch.uint8)
         parts.append(Part(TensorDataset(x, y.long()), info.mean, info.std))
-    return DataSet(name, info.classes, tuple(x.shape[1:]), *parts)
+    _, channels, height, width = x.shape
+    return DataSet(name, info.classes, (channels, height, width), *parts)
 
 
 def fits(size: int, device: torch.device) -> bool:
@@ -306,9 +318,10 @@ def fits(size: int, device: torch.device) -> bool:
     else:
         try:
             meminfo = Path("/proc/meminfo").read_text()
-            free = 1024 * int(re.search(r"MemAvailable:\s*(\d+) kB", meminfo)[1])
-        except FileNotFoundError:  # not Linux: count on 8 GiB
-            free = 8 * 2**30
+        except FileNotFoundError:  # not Linux
+            meminfo = ""
+        available = re.search(r"MemAvailable:\s*(\d+) kB", meminfo)
+        free = 1024 * int(available[1]) if available else 8 * 2**30  # a guess
     return size < free / 2
 
 
@@ -436,7 +449,7 @@ def _problem(arrays: dict[str, np.ndarray], info: Info) -> str | None:
 
 def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
     try:
-        write_atomically(path, lambda file: np.savez(file, **arrays))
+        write_atomically(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
     except OSError as error:
         raise UserError(
             f"cannot write {path} ({error.strerror or error}); make room, or choose another data "
@@ -448,8 +461,8 @@ def _fetch(name: str, path: Path) -> dict[str, np.ndarray]:
     """The arrays of `path`, from torchvision or from an image folder beside it."""
     info = DATASETS[name]
     if info.source == "folder":
-        halves = [_decode(folder) for folder in _image_folders(name, path.parent)]
-        return dict(zip(ARRAYS, (array for half in halves for array in half)))
+        pairs = [_decode(folder) for folder in _image_folders(name, path.parent)]
+        return dict(zip(ARRAYS, (array for pair in pairs for array in pair)))
 
     source = getattr(import_torchvision().datasets, info.source)
     if info.source == "Imagenette":
@@ -483,7 +496,7 @@ def _fetch(name: str, path: Path) -> dict[str, np.ndarray]:
     return dict(zip(ARRAYS, (array for pair in pairs for array in pair)))
 
 
-def _image_folders(name: str, data_dir: Path) -> list[Dataset]:
+def _image_folders(name: str, data_dir: Path) -> "list[VisionDataset]":
     """The train and val folders as data sets of (uint8 [3, size, size], label)."""
     info = DATASETS[name]
     root = data_dir / _stem(name)
@@ -520,7 +533,7 @@ def _open_image(path: str | os.PathLike) -> Image:
         return import_torchvision().datasets.folder.default_loader(path)
 
 
-def _decode(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+def _decode(dataset: "VisionDataset") -> tuple[np.ndarray, np.ndarray]:
     """All images and labels of a data set of files: uint8 [N, H, W, C] and [N]."""
     with ThreadPoolExecutor() as pool:  # PIL decodes outside the interpreter's lock
         images, labels = zip(*pool.map(dataset.__getitem__, range(len(dataset))))

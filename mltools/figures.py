@@ -7,20 +7,21 @@ order. A figure that has nothing to show is not written, and one from before is 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 
 matplotlib.use("Agg")  # files only: no display is needed
-from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.cm import ScalarMappable  # noqa: E402
-from matplotlib.colors import BoundaryNorm, ListedColormap  # noqa: E402
-from matplotlib.ticker import LogFormatter, MaxNLocator  # noqa: E402
+from matplotlib import pyplot as plt
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
-from mltools.files import write_atomically  # noqa: E402
-from mltools.results import RunFolder, diverged  # noqa: E402
-from mltools.tables import Spread, Table  # noqa: E402
+from mltools.files import write_atomically
+from mltools.results import RunFolder, diverged
+from mltools.tables import Spread, Table
 
 COLUMN, PAGE = 3.4, 7.0  # inches
 matplotlib.rcParams.update(
@@ -46,7 +47,7 @@ matplotlib.rcParams.update(
     }
 )
 
-STYLES = {"std": {"color": "#1f5fa8", "marker": "o"}, "pai": {"color": "#d1711a", "marker": "s"}}
+STYLES = {"std": ("#1f5fa8", "o"), "pai": ("#d1711a", "s")}  # colour and marker
 CROSSES = {"std": "x", "pai": "+"}  # instead of open markers, where these are taken
 # Told apart by the colour-blind; as many markers as make each pair come once in 110 lines.
 COLORS = (
@@ -169,9 +170,10 @@ def epochs_figure(
     labels = list(dict.fromkeys(label for panel in panels for label in panel.lines))
     shown = [label for label in labels if any(panel.lines.get(label) for panel in panels)]
     if not shown:
-        return _nothing(stem)
+        _nothing(stem)
+        return None
     if order:
-        labels = shown = sorted(shown)
+        labels = shown = sorted(shown, key=int)
     shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(labels)))
     figure, axes = plt.subplots(
         len(grid),
@@ -182,7 +184,7 @@ def epochs_figure(
         squeeze=False,
         layout="constrained",
     )
-    handles = {}
+    handles: dict[str, plt.Line2D] = {}
     for panel, one in zip(panels, axes.flat):
         one.set_title(panel.title)
         one.xaxis.set_major_locator(
@@ -204,7 +206,7 @@ def epochs_figure(
         bar = figure.colorbar(
             ScalarMappable(norm, ListedColormap(shades)), ax=axes, label=order, pad=0.02, aspect=30
         )
-        bar.set_ticks([i + 0.5 for i in range(len(shown))], labels=map(str, shown))
+        bar.set_ticks([i + 0.5 for i in range(len(shown))], labels=shown)
         bar.ax.tick_params(length=0)
         bar.minorticks_off()
     else:
@@ -214,7 +216,7 @@ def epochs_figure(
         figure,
         stem,
         f"Line chart of {ylabel} against epochs. Panels: {titles}. "
-        f"Lines{f', by {order}' if order else ''}: {', '.join(map(str, shown))}.",
+        f"Lines{f', by {order}' if order else ''}: {', '.join(shown)}.",
         f"{title}: {ylabel} against epochs. Mean over seeds, with a band of one standard deviation "
         "over seeds where there are several.",
     )
@@ -234,7 +236,8 @@ def final_figure(tables: Sequence[Table], stem: Path) -> Figure | None:
         if rows:
             groups.append((table.title.partition(":")[0], rows, table.layers))
     if not groups:
-        return _nothing(stem)
+        _nothing(stem)
+        return None
     heights = [len(rows) + 1 for _, rows, _ in groups]
     figure, axes = plt.subplots(
         len(groups),
@@ -291,27 +294,29 @@ def sweep_figure(
     """
     series = [one for one in series if one.points]
     if not series:
-        return _nothing(stem)
+        _nothing(stem)
+        return None
     figure, axes = plt.subplots(figsize=(COLUMN, 2.5), layout="constrained")
     handles = {}
     for one in series:
         sizes = sorted(one.points)
         means = [one.points[size][0] for size in sizes]
         stds = [one.points[size][1] or 0.0 for size in sizes]
-        look = STYLES[one.init]
+        color, marker = STYLES[one.init]
         if one.hollow and one.half == "train":
-            look = {**look, "marker": CROSSES[one.init]}
+            marker = CROSSES[one.init]
         handles[one.label] = axes.errorbar(
             sizes,
             means,
             yerr=stds if any(stds) else None,
+            color=color,
+            marker=marker,
             linestyle="none" if one.hollow else LINES[one.half],
             markerfacecolor="none" if one.hollow or one.half == "train" else None,
             markersize=5.5 if one.hollow else 3.5,
             markeredgewidth=0.8,
             capsize=2,
             elinewidth=0.7,
-            **look,
         )
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
@@ -380,7 +385,7 @@ def _legend(figure: plt.Figure, handles: Mapping) -> None:
 def _save(figure: plt.Figure, stem: Path, alt: str, caption: str) -> Figure:
     stem.parent.mkdir(parents=True, exist_ok=True)
     for kind, path in _files(stem).items():
-        write_atomically(path, lambda file, kind=kind: figure.savefig(file, format=kind, dpi=200))
+        write_atomically(path, partial(figure.savefig, format=kind, dpi=200))
     plt.close(figure)
     return Figure(_files(stem)["png"], alt, caption, figure.get_figwidth())
 

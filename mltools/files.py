@@ -31,6 +31,11 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """As `write_atomically`, in UTF-8."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
 def remove_leftovers(folder: Path) -> None:
     """Removes what `write_atomically` has left in a folder where it was killed."""
     for path in folder.iterdir():

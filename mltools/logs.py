@@ -14,7 +14,7 @@ import math
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -162,9 +162,7 @@ _SEEDING = _compile(rf"Seeding with {_COUNT}\.")
 _TRAINING = _compile(
     rf"Training ([ -~]+) for {_COUNT} epochs on dataset ([\w.-]+) with a batch size of {_COUNT}:"
 )
-_START = _compile(
-    rf"EPOCH {_COUNT}/\d+(?:, last epoch processed in (\d{{1,9}}\.\d{{1,9}})s)?:"
-)
+_START = _compile(rf"EPOCH {_COUNT}/\d+(?:, last epoch processed in (\d{{1,9}}\.\d+)s)?:")
 _LAYER = _compile(rf"{_COUNT}_(\w+)\(.*\) -- mean:{_NUMBER}, std:{_NUMBER}")
 _LOSSES = _compile(
     rf"Training loss: {_LOSS} \(top-1:(\d+\.\d)%\) -- "
@@ -196,6 +194,7 @@ class _OwnReader:
             return "damaged line" if _OWN.match(line) else None
         text, seal = intact.groups()
         run = int(seal, 16) ^ zlib.crc32(text.encode())
+        take: Callable[..., str | None]  # given the run and the groups of a pattern
         for pattern, take in ((_HEADING, self._heading), (_SETTINGS, self._settings)):
             if match := pattern.fullmatch(text):
                 return take(run, *match.groups())

@@ -43,10 +43,9 @@ class Progress:
         if not self.bars:
             self.line(f"{run}: {epoch_lines(metrics, epochs)[-1]}")
             return
-        shown = {
-            "loss": f"{_number(metrics['train_loss'], 3)}/{_number(metrics['test_loss'], 3)}",
-            "acc": f"{_number(metrics['train_accuracy'], 1)}/{_number(metrics['test_accuracy'], 1)}%",
-        }
+        losses = _number(metrics["train_loss"], 3), _number(metrics["test_loss"], 3)
+        accuracies = _number(metrics["train_accuracy"], 1), _number(metrics["test_accuracy"], 1)
+        shown = {"loss": "/".join(losses), "acc": "/".join(accuracies) + "%"}
         cosines = [c["mean"] for name, c in metrics["alignment"].items() if name.startswith("act")]
         if cosines:
             shown["cos"] = " ".join(_number(cosine, 2) for cosine in cosines)

@@ -27,9 +27,8 @@ def sealed(record: dict, start: int = 0) -> dict:
     return {**record, "crc32": f"{checksum(record, start):08x}"}
 
 
-def sealed_metrics(settings: dict, epochs: Iterable[Metrics]) -> Iterator[dict]:
-    """The lines of a whole `metrics.jsonl`."""
-    start = checksum(settings)
+def sealed_metrics(epochs: Iterable[Metrics], start: int) -> Iterator[dict]:
+    """The lines of a whole `metrics.jsonl`; `start` is the checksum of the run's settings."""
     for metrics in epochs:
         yield sealed(metrics, start)
         start = checksum(metrics, start)
@@ -38,20 +37,21 @@ def sealed_metrics(settings: dict, epochs: Iterable[Metrics]) -> Iterator[dict]:
 def unsealed(text: bytes, start: int = 0) -> dict:
     """The record without its checksum. Raises ValueError if it is damaged."""
     record = from_json(text.decode("utf-8"))
-    if not isinstance(record, dict):
-        raise ValueError("it is no JSON object")
     said = record.pop("crc32", "missing")
     if said != f"{checksum(record, start):08x}":
         raise ValueError("its checksum is " + ("missing" if said == "missing" else "wrong"))
     return record
 
 
-def from_json(text: str) -> object:
-    """JSON, and none of what Python takes for it beside. Raises ValueError."""
+def from_json(text: str) -> dict:
+    """A JSON object, and none of what Python takes for JSON beside. Raises ValueError."""
     try:
-        return json.loads(text, object_pairs_hook=_object, parse_constant=_no_number)
+        record = json.loads(text, object_pairs_hook=_object, parse_constant=_no_number)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
+    if not isinstance(record, dict):
+        raise ValueError("it is no JSON object")
+    return record
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict:
@@ -72,7 +72,7 @@ NAME = re.compile(r"\w[\w.-]{0,99}", re.ASCII)
 
 
 def _number(low: float, high: float) -> Rule:
-    return lambda value: type(value) in (int, float) and low <= value <= high
+    return lambda value: (type(value) is int or type(value) is float) and low <= value <= high
 
 
 def _whole(low: int, high: int) -> Rule:

@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from mltools.figures import Figure
-from mltools.files import write_atomically
+from mltools.files import write_text
 from mltools.results import RunFolder, diverged
 from mltools.tables import Table, html_table
 
@@ -85,7 +85,7 @@ def write_html(
             parts += [f"<h2>{heading}</h2>", *section]
     parts += ["</body>", "</html>", ""]
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "report.html", lambda file: file.write("\n".join(parts).encode()))
+    write_text(folder / "report.html", "\n".join(parts))
 
 
 def _wide(table: str) -> str:

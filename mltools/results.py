@@ -28,7 +28,7 @@ import numpy as np
 from mltools import logs
 from mltools.archives import read_arrays
 from mltools.errors import UserError
-from mltools.files import reading, remove_leftovers, write_atomically
+from mltools.files import reading, remove_leftovers, write_atomically, write_text
 from mltools.records import (
     checksum,
     diverged,
@@ -127,7 +127,8 @@ class RunFolder:
                 lines = path.read_bytes().split(b"\n")
             except FileNotFoundError:
                 return []
-        epochs, start = [], checksum(self._settings())
+        epochs: list[dict] = []
+        start = self._checksum()
         for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is torn
             with reading(f"{path}: line {number}", remedy):
                 epoch = unsealed(line, start)
@@ -159,8 +160,7 @@ class RunFolder:
         remove_leftovers(self.path)
         if self.config() is None:
             config = {"settings": settings, "environment": environment}
-            text = json.dumps(sealed(config), indent=2) + "\n"
-            self.write("config.json", lambda file: file.write(text.encode()))
+            write_text(self.path / "config.json", json.dumps(sealed(config), indent=2) + "\n")
 
     def write(self, name: str, write: Callable[[BinaryIO], object]) -> None:
         """Replaces a file of the folder whole."""
@@ -175,9 +175,9 @@ class RunFolder:
 
     def write_metrics(self, epochs: list[dict]) -> None:
         """Replaces `metrics.jsonl` whole."""
-        lines = sealed_metrics(self._settings(), epochs)
+        lines = sealed_metrics(epochs, self._checksum())
         text = "".join(json.dumps(line) + "\n" for line in lines)
-        self.write("metrics.jsonl", lambda file: file.write(text.encode()))
+        write_text(self.path / "metrics.jsonl", text)
 
     def angles(self) -> dict[str, np.ndarray]:
         """Layer name to per-sample cosines, float32 (epochs, samples).
@@ -215,21 +215,21 @@ class RunFolder:
 
     def log(self, *lines: str) -> None:
         """Appends lines to `log.txt`, with the time and a checksum; the run must be started."""
-        run = checksum(self._settings())
+        run = self._checksum()
         with open(self.path / "log.txt", "a", encoding="utf-8") as file:
             file.writelines(
-                f"{datetime.now():%Y-%m-%d %H:%M:%S}  {logs.sealed(line, run)}\n"
-                for line in lines
+                f"{datetime.now():%Y-%m-%d %H:%M:%S}  {logs.sealed(line, run)}\n" for line in lines
             )
             file.flush()
             os.fsync(file.fileno())
 
-    def _settings(self) -> dict | None:
+    def _checksum(self) -> int:
+        """Of the settings: what those of the metrics and of the log go on from."""
         config = self.config()
-        return config["settings"] if config else None
+        return checksum(config["settings"] if config else None)
 
     def _write_angles(self, angles: dict[str, np.ndarray]) -> None:
-        self.write("angles.npz", lambda file: np.savez(file, **angles))
+        self.write("angles.npz", lambda file: np.savez(file, allow_pickle=False, **angles))
 
 
 def rounded(value: float) -> float | None:

@@ -24,7 +24,6 @@ from mltools.results import RunFolder
 from mltools.runs import train
 from mltools.training import PRECISIONS, Experiment
 
-
 PARALLEL_ON_CUDA = 8  # an estimate: nobody has measured it yet
 
 
@@ -220,10 +219,13 @@ def run(script: str, experiments: Iterable[Experiment], options: Options) -> Non
                 raise
             progress.run_ended()
 
-        with _threads_shared(options), ThreadPoolExecutor(options.at_once()) as pool:
-            with _stopped_by_signals(stop):
-                futures = [pool.submit(one, *run) for run in todo]
-                wait(futures)
+        with (
+            _threads_shared(options),
+            ThreadPoolExecutor(options.at_once()) as pool,
+            _stopped_by_signals(stop),
+        ):
+            futures = [pool.submit(one, *run) for run in todo]
+            wait(futures)
     for future in futures:
         future.result()
     if stop.is_set():
@@ -268,7 +270,7 @@ def _set_arithmetic(options: Options) -> None:
     """Sets what PyTorch keeps for the whole process."""
     precision = "tf32" if options.precision == "tf32" else "ieee"
     torch.backends.cuda.matmul.fp32_precision = precision
-    torch.backends.cudnn.conv.fp32_precision = precision
+    torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]  # set at import
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if options.deterministic != torch.are_deterministic_algorithms_enabled():

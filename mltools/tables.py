@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 
 from mltools.errors import UserError
-from mltools.files import write_atomically
+from mltools.files import write_text
 from mltools.results import RunFolder, diverged
 
 Spread = tuple[float, float | None]
@@ -44,25 +44,26 @@ def summarise(name: str, folders: Sequence[RunFolder]) -> Row:
     Raises UserError if they are not runs of the same settings, or if a file is damaged.
     """
     last: dict[str, dict] = {}
-    settings, missing, broken = {}, 0, 0
+    settings: dict = {}
+    missing = broken = 0
     for folder in folders:
-        metrics = folder.metrics()
-        if not metrics or not folder.finished():
+        metrics, config = folder.metrics(), folder.config()
+        if config is None or not folder.finished():
             missing += 1
         elif diverged(metrics[-1]):
             broken += 1
         else:
             last[folder.path.name] = metrics[-1]
-            settings = _same(settings, folder)
+            settings = _same(settings, config["settings"], folder.path)
     notes = [f"{broken} diverged"] * bool(broken) + [f"{missing} not run"] * bool(missing)
     row = Row(name, seeds=len(last), settings=settings, note=", ".join(notes))
     if last:
         row.test = _spread([metrics["test_accuracy"] for metrics in last.values()])
         row.train = _spread([metrics["train_accuracy"] for metrics in last.values()])
-        first, metrics = next(iter(last.items()))
+        first, shown = next(iter(last.items()))
         row.alignment = {
             layer: (cosine["mean"], cosine["std"])
-            for layer, cosine in metrics.get("alignment", {}).items()
+            for layer, cosine in shown.get("alignment", {}).items()
             if cosine["mean"] is not None
         }
         row.angles_from = f"{name}/{first}" if row.alignment else ""
@@ -105,11 +106,11 @@ def protocols(rows: Sequence[Row]) -> str:
     return "; ".join(found) or "no finished run"
 
 
-def _same(settings: dict, folder: RunFolder) -> dict:
-    own = {key: value for key, value in folder.config()["settings"].items() if key != "seed"}
+def _same(settings: dict, others: dict, path: Path) -> dict:
+    own = {key: value for key, value in others.items() if key != "seed"}
     if settings and own != settings:
         raise UserError(
-            f"{folder.path} was run with other settings than the seeds before it: "
+            f"{path} was run with other settings than the seeds before it: "
             "they cannot stand in one row"
         )
     return own
@@ -218,7 +219,7 @@ def write_tables(folder: Path, tables: Sequence[Table]) -> str:
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
-        write_atomically(folder / name, lambda file, text=text: file.write(text.encode()))
+        write_text(folder / name, text)
     return markdown
 
 

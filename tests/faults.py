@@ -23,7 +23,7 @@ Point = tuple[str, int]
 def run(script: str, arguments: list[str], results: Path, point: Point | None, note: Path) -> None:
     """Runs a script's main in this process, and kills it at a point of its writing.
 
-    Points are writes below `results`, of which one half gets to the file, and the syncs, renames and
+    Points are writes below `results`, of which one half gets to the file, and syncs, renames and
     removals of files, which do not happen. They are counted by kind, such as "write log.txt".
     `note` gets the kind and number of the point if it is reached, and else how many there were of
     each kind, as JSON.
@@ -76,7 +76,11 @@ def run(script: str, arguments: list[str], results: Path, point: Point | None, n
 
     def open_torn(path, mode="r", *args, **options):
         file = real_open(path, mode, *args, **options)
-        if isinstance(path, (str, Path)) and Path(path).is_relative_to(results) and mode[0] in "wax":
+        if (
+            isinstance(path, (str, Path))
+            and Path(path).is_relative_to(results)
+            and mode[0] in "wax"
+        ):
             # A temporary file is called .<name>.<random>.
             name = Path(path).name
             return Torn(file, name if name[0] != "." else name[1:].rsplit(".", 1)[0])

@@ -15,6 +15,7 @@ from mltools.archives import read_arrays
 from mltools.errors import UserError
 
 ARRAYS = {"a": np.arange(12, dtype=np.float32).reshape(3, 4), "b": np.arange(5, dtype=np.uint8)}
+BODY = ARRAYS["a"].tobytes()
 CONTENT = {"epoch": 3, "model": {"w": torch.arange(6.0).view(2, 3)}, "random": torch.arange(4)}
 REQUIRED = {"epoch": int, "model": dict}
 
@@ -81,7 +82,7 @@ COMMON = {
 }
 
 
-def npy(shape, descr="<f4", body=ARRAYS["a"].tobytes(), version=(1, 0)):
+def npy(shape, descr="<f4", body=BODY, version=(1, 0)):
     """An npz whose `a` has this header, as it stands, and this body."""
     header = f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {shape}, }}\n".encode()
     start = b"\x93NUMPY" + bytes(version) + struct.pack("<H", len(header))

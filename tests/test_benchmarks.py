@@ -11,7 +11,7 @@ from dfatools import dfa_from_bp
 from mltools.networks import Network
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-from harness import products  # noqa: E402
+from harness import products
 
 N = 6
 

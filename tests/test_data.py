@@ -571,7 +571,9 @@ def test_loaders_of_one_part_share_its_tensors(device):
 @pytest.mark.parametrize("epoch", [None, 0, 1], ids=["in-order", "epoch-0", "epoch-1"])
 def test_streaming_gives_the_same_batches(device, epoch, streaming, monkeypatch):
     def loader():
-        return Loader(part(), 10, device) if epoch is None else TrainingLoader(part(), 10, device, 4)
+        if epoch is None:
+            return Loader(part(), 10, device)
+        return TrainingLoader(part(), 10, device, 4)
 
     streamed = loader()
     monkeypatch.setattr(data, "fits", lambda size, device: True)
@@ -622,3 +624,13 @@ def test_half_of_the_free_memory_is_exact(monkeypatch):
     monkeypatch.setattr(data.Path, "read_text", lambda path: "MemFree: 9 kB\nMemAvailable:  2 kB\n")
     cpu = torch.device("cpu")
     assert data.fits(1023, cpu) and not data.fits(1024, cpu)
+
+
+def test_where_the_system_does_not_say_what_is_free_it_is_8_gib(monkeypatch):
+    def missing(path):
+        raise FileNotFoundError
+
+    cpu = torch.device("cpu")
+    for read in (missing, lambda path: "MemTotal: 9 kB\nMemFree: 9 kB\n"):
+        monkeypatch.setattr(data.Path, "read_text", read)
+        assert data.fits(2**32 - 1, cpu) and not data.fits(2**32, cpu)

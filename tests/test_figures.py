@@ -154,7 +154,7 @@ def test_accuracy_is_solid_for_test_and_dashed_for_train_and_a_row_looks_alike_e
 def test_one_epoch_of_one_seed_is_a_marker_at_a_whole_number(drawn, tmp_path):
     row = figures.curves([run(tmp_path / "seed-0", [0.25])])
     figures.alignment_figure({"other": Curves(), "fc": row}, ["act1"], "", tmp_path / "figure")
-    ordered = Panel("act1", {18: row.alignment["act1"]})
+    ordered = Panel("act1", {"18": row.alignment["act1"]})
     figures.epochs_figure([[ordered]], "", "cosine", tmp_path / "ordered", "size")
     for figure in drawn:
         axes = figure.axes[0]
@@ -167,8 +167,8 @@ def test_one_epoch_of_one_seed_is_a_marker_at_a_whole_number(drawn, tmp_path):
 
 def test_lines_in_an_order_go_from_dark_to_light_and_the_bar_names_them(drawn, tmp_path):
     grid = [
-        [Panel("one", {1: {1: (0.1, None)}, 800: {1: (0.8, None)}, 5: {}})],
-        [Panel("two", {18: {1: (0.3, None), 2: (0.4, None)}})],
+        [Panel("one", {"1": {1: (0.1, None)}, "800": {1: (0.8, None)}, "5": {}})],
+        [Panel("two", {"18": {1: (0.3, None), 2: (0.4, None)}})],
     ]
     figures.epochs_figure(grid, "Title", "accuracy", tmp_path / "figure", "size")
     one, two, bar = drawn[0].axes
@@ -250,7 +250,7 @@ def draw_final(stem):
 
 def draw_ordered(stem):
     sizes = [1, 3, 5, 8, 11, 18, 28, 46, 73, 118, 191, 308, 496, 800]
-    lines = {size: row.test for size, row in many(sizes).items()}
+    lines = {str(size): row.test for size, row in many(sizes).items()}
     grid = [[Panel(f"panel {i} {j}", lines) for j in range(3)] for i in range(2)]
     return figures.epochs_figure(grid, "t", figures.COSINE, stem, "bottleneck size")
 

@@ -1,4 +1,4 @@
-"""The layers that train many networks at once: equal to those of torch.nn, to the last bit or digit."""
+"""The layers that train many networks at once: equal to torch.nn's, to the last bit or digit."""
 
 import copy
 

@@ -72,7 +72,7 @@ def release_log(rate="0.8525", init="STD", epochs=4, layers=FC, seed=0):
         "on dataset CIFAR-10 with a batch size of 128:",
     ]
     for epoch in range(1, epochs + 1):
-        before = f", last epoch processed in {epoch - 1}.25s" if epoch > 1 else ""
+        before = f", last epoch processed in {epoch - 1}.250048400879s" if epoch > 1 else ""
         lines.append(f"   EPOCH {epoch}/{epochs}{before}:")
         lines.append("       Batch 1/390 (loaded in 0.0004s, last batch forward in 0.0045s)")
         lines += [f"{x} -- mean:0.{epoch}0{i:02}, std:0.0{i:02}1" for i, x in enumerate(layers)]
@@ -142,7 +142,7 @@ def test_corrupt_bytes_cost_their_line_only_and_are_told():
     assert sorted(run.epochs) == [1, 2, 3, 5]
     assert list(run.epochs[2]["alignment"]) == ["lin1"]
     assert run.epochs[3] == metrics(3) and run.epochs[5] == metrics(5)
-    assert number in [skip.line for skip in skipped] 
+    assert number in [skip.line for skip in skipped]
     reasons = ["epoch 4 is missing", "epoch 2 lacks the alignment of act1"]
     assert [skip.reason for skip in skipped[2:]] == [f"fc-tanh/seed-0: {x}" for x in reasons]
 

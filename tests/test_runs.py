@@ -272,8 +272,9 @@ def test_a_run_interrupted_between_two_files_ends_the_same(
     tmp_path, monkeypatch, name, count, torn
 ):
     whole, _ = run(tmp_path / "whole", REGULAR_RUN)
+    writes = []
 
-    def stop(path, write, writes=[]):
+    def stop(path, write):
         if path.name == name:
             writes.append(path)
             if len(writes) == count:

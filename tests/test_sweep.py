@@ -99,7 +99,9 @@ def test_tf32_needs_cuda(start, tmp_path):
 
 
 @pytest.mark.parametrize("steps", [1, 4, 5, 6, 9])
-def test_a_stopped_run_keeps_its_batch_and_ends_the_same(start, tmp_path, whole, monkeypatch, steps):
+def test_a_stopped_run_keeps_its_batch_and_ends_the_same(
+    start, tmp_path, whole, monkeypatch, steps
+):
     """Ctrl-C in the given one of two epochs' ten steps."""
     done, step = [], Trainer.step
 

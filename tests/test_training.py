@@ -29,7 +29,8 @@ NETWORKS = pytest.mark.parametrize("network", [FC, CNN, BOTTLENECK], ids=["fc", 
 def part(count, seed):
     random_state = np.random.default_rng(seed)
     x = torch.from_numpy(random_state.integers(0, 256, (count, 1, 15, 15), dtype=np.uint8))
-    return Part(TensorDataset(x, torch.from_numpy(random_state.integers(0, 3, count))), (0.4,), (0.25,))
+    y = torch.from_numpy(random_state.integers(0, 3, count))
+    return Part(TensorDataset(x, y), (0.4,), (0.25,))
 
 
 DATA = DataSet("tiny", 3, (1, 15, 15), part(85, 1), part(150, 2))
@@ -155,13 +156,16 @@ def test_a_cuda_graph_gives_the_results_of_single_launches(network):
 @NETWORKS
 def test_no_step_waits_for_the_device(network, monkeypatch):
     one, waits = trainer(network), []
-    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__"):
 
-        def fetch(tensor, *args, name=name, original=getattr(torch.Tensor, name)):
+    def noted(name, original):
+        def fetch(tensor, *args):
             waits.append(name)
             return original(tensor, *args)
 
-        monkeypatch.setattr(torch.Tensor, name, fetch)
+        return fetch
+
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__"):
+        monkeypatch.setattr(torch.Tensor, name, noted(name, getattr(torch.Tensor, name)))
     one.begin(1)
     for _ in range(len(one.batches)):
         one.step()
