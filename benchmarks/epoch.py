@@ -10,8 +10,8 @@ decoded, converted and normalised one by one in a `DataLoader` (of `--workers` p
 `.item()` after every batch. The two take turns, epoch by epoch.
 
     epoch      seconds, and as a ratio to the plain loop's
-    outside    the share of it that is not the steps' own arithmetic: all but forward pass, backward
-               pass and update, timed by themselves on one batch
+    outside    the share of it that is not the steps' own arithmetic: all but forward passes,
+               backward passes and updates, which on CUDA are timed apart
     step       milliseconds, as a ratio to the step's bare matrix products and convolutions (same
                shapes, same calls), and to their number at the rate of one large matrix product
 """
@@ -39,10 +39,10 @@ from harness import (
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from mltools import runs
 from mltools.data import DATASETS, DataSet, import_torchvision, load
 from mltools.networks import Network
 from mltools.results import RunFolder
-from mltools.runs import train
 from mltools.training import Experiment, Trainer
 
 BATCH = 128
@@ -69,6 +69,18 @@ class Images(Dataset):
         from PIL import Image
 
         return self.transform(Image.fromarray(self.images[index])), self.labels[index]
+
+
+class TimedTrainer(Trainer):
+    """Adds up how long its steps' arithmetic takes."""
+
+    arithmetic = 0.0  # seconds
+
+    def learn(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        start = time.perf_counter()
+        result = super().learn(x, y)
+        TimedTrainer.arithmetic += time.perf_counter() - start
+        return result
 
 
 def plain_epoch(trainer: Trainer, data: DataSet, workers: int) -> None:
@@ -109,7 +121,8 @@ def measure(name: str, data: DataSet, device: torch.device, epochs: int, workers
         for work in works:
             work()
 
-    ours, theirs, steps, bares = [], [], [], []
+    ours, theirs, steps, bares, shares = [], [], [], [], []
+    runs.Trainer = TimedTrainer  # type: ignore[misc]  # what a run is made with
     since = time.perf_counter()
 
     def epoch_ended(metrics: dict) -> None:
@@ -119,25 +132,28 @@ def measure(name: str, data: DataSet, device: torch.device, epochs: int, workers
         own = time.perf_counter() - since
         if metrics["epoch"] > 1:  # the first one sets up
             ours.append(own)
+            shares.append(1 - TimedTrainer.arithmetic / own)
             theirs.append(seconds(lambda: plain_epoch(plain, data, workers), device))
             plain.model.train()
             step, products_alone = in_turns([lambda: plain.learn(x, y), bare], STEPS, device)
             steps.extend(step)
             bares.extend(products_alone)
+        TimedTrainer.arithmetic = 0.0
         since = time.perf_counter()
 
     with tempfile.TemporaryDirectory() as folder:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        train(
+        runs.train(
             experiment, data, RunFolder(Path(folder) / "run"), settings, device,
             lambda line: None, epoch_ended, threading.Event(),
         )  # fmt: skip
     epoch, step = statistics.median(ours), statistics.median(steps)
     batches = len(data.train) // BATCH
-    outside = 1 - batches * step / epoch
+    outside = statistics.median(shares)
     bound = count / rate_of_a_large_product(device)
     if device.type == "cuda":
+        outside = 1 - batches * step / epoch
         memory = f"{torch.cuda.max_memory_allocated() / 1e6:.0f} MB of GPU memory (both loops)"
     else:
         memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3:.0f} MB (the process)"

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -219,15 +219,17 @@ def run(script: str, experiments: Iterable[Experiment], options: Options) -> Non
                 raise
             progress.run_ended()
 
-        with (
-            _threads_shared(options),
-            ThreadPoolExecutor(options.at_once()) as pool,
-            _stopped_by_signals(stop),
-        ):
-            futures = [pool.submit(one, *run) for run in todo]
-            wait(futures)
-    for future in futures:
-        future.result()
+        with _stopped_by_signals(stop):
+            if options.at_once() == 1:
+                # Not in a thread of its own: with more of OpenMP's threads than cores, they would
+                # sleep between any two products.
+                for job in todo:
+                    one(*job)
+            else:
+                with _threads_shared(options), ThreadPoolExecutor(options.at_once()) as pool:
+                    futures = [pool.submit(one, *job) for job in todo]
+                for future in futures:
+                    future.result()
     if stop.is_set():
         raise KeyboardInterrupt
 
