@@ -9,7 +9,7 @@ VENV = .venv
 
 .PHONY: demo test soak lint
 demo: $(VENV)/installed
-	$(VENV)/bin/python best_practices.py --dataset Digits --seeds 0 --epochs 15 --batch-size 32 \
+	$(VENV)/bin/python best_practices.py --dataset Digits --seeds 0 --epochs 9 --batch-size 32 \
 		--results-dir results/demo
 	$(VENV)/bin/python bottleneck.py --dataset Digits --sizes 1 18 118 800 --epochs 8 \
 		--batch-size 32 --results-dir results/demo
