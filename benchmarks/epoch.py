@@ -11,9 +11,10 @@ decoded, converted and normalised one by one in a `DataLoader` (of `--workers` p
 
     epoch      seconds, and as a ratio to the plain loop's
     outside    the share of it that is not the steps' own arithmetic: all but forward passes,
-               backward passes and updates, which on CUDA are timed apart
+               backward passes and updates; on CUDA, all but the steps, which are timed apart
     step       milliseconds, as a ratio to the step's bare matrix products and convolutions (same
-               shapes, same calls), and to their number at the rate of one large matrix product
+               shapes, same calls, on CUDA in a graph as well), and to their number at the rate of
+               one large matrix product
 """
 
 import argparse
@@ -22,6 +23,7 @@ import statistics
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -106,6 +108,39 @@ def plain_epoch(trainer: Trainer, data: DataSet, workers: int) -> None:
     trainer.alignment()
 
 
+def graphs_in_turns(
+    experiment: Experiment,
+    data: DataSet,
+    settings: dict,
+    bare: Callable[[], None],
+    device: torch.device,
+) -> tuple[list[float], list[float]]:
+    """Seconds of a step and of its bare products, both launched as graphs, over some epochs."""
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        trainer, graph = Trainer(experiment, data, settings, device), torch.cuda.CUDAGraph()
+        trainer.capture()
+        bare()
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            bare()
+        batches = len(trainer.batches)
+
+        def steps() -> None:
+            taken = 0
+            while taken < batches:
+                taken += trainer.step()
+
+        def products_alone() -> None:
+            for _ in range(batches):
+                graph.replay()
+
+        times = []
+        for epoch in range(5):
+            trainer.begin(1 + epoch)
+            times.append([seconds(work, device) / batches for work in (steps, products_alone)])
+    step, alone = (list(column) for column in zip(*times[1:]))
+    return step, alone
+
+
 def measure(name: str, data: DataSet, device: torch.device, epochs: int, workers: int) -> str:
     experiment = Experiment(name, Network(name), reduction="sum", learning_rate=5e-4)
     settings = {
@@ -135,7 +170,10 @@ def measure(name: str, data: DataSet, device: torch.device, epochs: int, workers
             shares.append(1 - TimedTrainer.arithmetic / own)
             theirs.append(seconds(lambda: plain_epoch(plain, data, workers), device))
             plain.model.train()
-            step, products_alone = in_turns([lambda: plain.learn(x, y), bare], STEPS, device)
+            if device.type == "cuda":
+                step, products_alone = graphs_in_turns(experiment, data, settings, bare, device)
+            else:
+                step, products_alone = in_turns([lambda: plain.learn(x, y), bare], STEPS, device)
             steps.extend(step)
             bares.extend(products_alone)
         TimedTrainer.arithmetic = 0.0

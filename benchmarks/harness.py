@@ -80,7 +80,7 @@ def products(model: nn.Sequential, x: Tensor) -> tuple[int, list[Callable[[], ob
         sent = torch.randn_like(output)
         if isinstance(module, DFALayer):
             fed.append(inner[0].numel())
-        elif isinstance(module, DFA):
+        elif isinstance(module, DFA) and module.training_method == "dfa":
             matrix = module.get_buffer("feedback_matrix")[:, : max(fed)]
             count += matrix.numel() * len(x)
             works.append(_product(sent, matrix))

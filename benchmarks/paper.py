@@ -1,20 +1,24 @@
-"""Extrapolates the time that the whole paper takes, from a few epochs of each of its experiments.
+"""Extrapolates the time that the whole paper takes, from a few epochs of all its experiments.
 
     python benchmarks/paper.py                              on this machine's GPU, or else its CPU
     python benchmarks/paper.py --experiments fc-tanh std-118
     python benchmarks/paper.py --precision tf32 --parallel-runs 4
 
-Every row of best_practices.py and, of bottleneck.py, the size 118 (the others cost the same) is run
-as the scripts run it, on random images, twice: for one epoch, and for some more. The difference is
-the time of an epoch, the rest that of setting up. From both follows the time of 50 epochs with 10
-seeds, or 14 sizes. As many seeds are run as go on at once, so that what an epoch costs beside
-others is measured too. `bound` is the number of multiply-adds in the training steps' matrix
-products and convolutions, at the rate of one large matrix product in the same process.
+The rows of best_practices.py (without those of backpropagation, and these for themselves) and of
+bottleneck.py are run as the scripts run them, on random images, twice: for one epoch, and for some
+more. The difference is the time of an epoch, the rest that of setting up. From both follows the
+time of 50 epochs of all runs: 10 seeds of each row of the first script, 14 sizes with each
+initialisation of the second, of which SIZES are run here. There are at least twice as many runs as
+go on at once, so that what an epoch costs beside others is measured too. `bound` is the number of
+multiply-adds in the training steps' matrix products and convolutions, at the rate of one large
+matrix product in the same process.
 """
 
 import argparse
-import functools
 import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -23,35 +27,64 @@ from harness import machine, products, rate_of_a_large_product, seconds, write_r
 import best_practices
 import bottleneck
 from mltools import sweep
+from mltools.data import DataSet
 from mltools.training import PRECISIONS, Experiment
 
 EPOCHS, SEEDS, BATCH = 50, 10, 128
-ROWS = [(row, SEEDS) for row in best_practices.EXPERIMENTS] + [
-    (bottleneck.experiment("gradient", init, 118), len(bottleneck.SIZES)) for init in ("std", "pai")
+SIZES = (18, 118, 308)
+INITS = ("std", "pai")
+# Title, rows, and how many runs of the paper each stands for.
+GROUPS: list[tuple[str, list[Experiment], float]] = [
+    (
+        "best_practices.py",
+        [row for row in best_practices.EXPERIMENTS if row.training_method == "dfa"],
+        SEEDS,
+    ),
+    (
+        "bottleneck.py",
+        [bottleneck.experiment("gradient", init, size) for init in INITS for size in SIZES],
+        len(bottleneck.SIZES) / len(SIZES),
+    ),
+    (
+        "backpropagation",
+        [row for row in best_practices.EXPERIMENTS if row.training_method == "bp"],
+        SEEDS,
+    ),
 ]
 
 
-def measure(row: Experiment, options: sweep.Options, epochs: int) -> tuple[float, float]:
-    """Seconds for setting up and for an epoch, per run, where as many go on as may at once."""
-    device = torch.device(options.device)
+def measure(
+    rows: Sequence[Experiment], options: sweep.Options, epochs: int
+) -> tuple[float, float, int]:
+    """Seconds for setting up and for an epoch, of how many runs together."""
+    seeds = range(-(-2 * options.at_once() // len(rows)) if options.at_once() > 1 else 1)
     times = []
     for length in (1, 1 + epochs):
         with tempfile.TemporaryDirectory() as folder:
-            values = {**vars(options), "results_dir": Path(folder), "epochs": length}
-            run = functools.partial(sweep.run, "paper", [row], sweep.Options(**values))
-            times.append(seconds(run, device) / len(options.seeds))
+            some = replace(options, results_dir=Path(folder), epochs=length, seeds=tuple(seeds))
+            run = partial(sweep.run, "paper", rows, some)
+            times.append(seconds(run, torch.device(options.device)))
     epoch = (times[1] - times[0]) / epochs
-    return times[0] - epoch, epoch
+    return times[0] - epoch, epoch, len(rows) * len(seeds)
+
+
+def multiply_adds(row: Experiment, data: DataSet, device: torch.device) -> int:
+    """Of an epoch of training."""
+    method = {"training_method": row.training_method}
+    model = row.network.build(data.input_shape, data.classes, **method).to(device)
+    images = torch.randn(BATCH, *data.input_shape, device=device)
+    return products(model, images)[0] * (len(data.train) // BATCH)
 
 
 def main() -> None:
+    names = [row.name for _, rows, _ in GROUPS for row in rows]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--epochs", type=int, default=1, help="beside the first (default: 1)")
     parser.add_argument("--precision", choices=PRECISIONS, default="float32")
     parser.add_argument("--parallel-runs", type=int, help="default: as the scripts choose")
     parser.add_argument(
-        "--experiments", nargs="+", choices=[row.name for row, _ in ROWS], metavar="ROW",
+        "--experiments", nargs="+", choices=names, default=names, metavar="ROW",
         help="default: all",
     )  # fmt: skip
     args = parser.parse_args()
@@ -60,37 +93,34 @@ def main() -> None:
         "CIFAR-10", Path(), Path(), device=args.device, precision=args.precision,
         parallel_runs=args.parallel_runs, quiet=True,
     )  # fmt: skip
-    at_once = options.at_once()
-    print(f"{machine(device)}; {args.precision}, {at_once} run(s) at once")
+    print(f"{machine(device)}; {args.precision}, {options.at_once()} run(s) at once")
     # Once, as in a sweep of all rows.
-    sweep.load = functools.cache(sweep.load)  # type: ignore[assignment]  # only what hashes
-    total = bound = 0.0
+    sweep.load = cache(sweep.load)  # type: ignore[assignment]  # only what hashes
     with tempfile.TemporaryDirectory() as folder:
         write_random_images(Path(folder) / "cifar10.npz")
-        values = {**vars(options), "data_dir": Path(folder), "seeds": tuple(range(at_once))}
-        options = sweep.Options(**values)
+        options = replace(options, data_dir=Path(folder))
         data = sweep.load(options.dataset, options.data_dir)
         rate = rate_of_a_large_product(device)
-        images = torch.randn(BATCH, *data.input_shape, device=device)
-        print(f"{'row':22} {'set-up s':>9} {'epoch s':>9} {'runs':>5} {'minutes':>9} {'bound':>9}")
-        for row, runs in ROWS:
-            if args.experiments and row.name not in args.experiments:
+        print(f"{'':18} {'runs':>5} {'set-up s':>9} {'epoch s':>9} {'minutes':>9} {'bound':>9}")
+        paper = 0.0
+        for title, rows, stands_for in GROUPS:
+            rows = [row for row in rows if row.name in args.experiments]
+            if not rows:
                 continue
-            setup, epoch = measure(row, options, args.epochs)
-            model = row.network.build(data.input_shape, data.classes).to(device)
-            count = products(model, images)[0] * (len(data.train) // BATCH)
-            own, least = runs * (setup + EPOCHS * epoch), runs * EPOCHS * count / rate
-            total, bound = total + own, bound + least
+            setup, epoch, measured = measure(rows, options, args.epochs)
+            count = len(rows) * stands_for
+            own = count * (setup + EPOCHS * epoch) / measured
+            work = sum(multiply_adds(row, data, device) for row in rows)
+            least = EPOCHS * stands_for * work / rate
+            if title != "backpropagation":
+                paper += own
             print(
-                f"{row.name:22} {setup:9.2f} {epoch:9.3f} {runs:5} {own / 60:9.1f} "
-                f"{least / 60:9.1f}",
+                f"{title:18} {count:5.0f} {setup / measured:9.2f} {epoch / measured:9.3f} "
+                f"{own / 60:9.1f} {least / 60:9.1f}",
                 flush=True,
             )
-    what = "these rows" if args.experiments else "the whole paper"
-    print(
-        f"extrapolated to {EPOCHS} epochs: {total / 60:.1f} minutes for {what}, "
-        f"{total / bound:.2f} of the bound"
-    )
+    whole = "the whole paper" if args.experiments == names else "these rows"
+    print(f"extrapolated to {EPOCHS} epochs: {paper / 60:.1f} minutes for {whole}, BP aside")
 
 
 if __name__ == "__main__":

@@ -208,13 +208,12 @@ class DFA(nn.Module):
         """
         matrix = self._matrix()
         rows = error.flatten(0, self.batch_dims - 1).flatten(1)
-        if self.reduction == "sum":
-            rows = rows * (rows.shape[0] * _processes())
+        samples = rows.shape[0] * _processes() if self.reduction == "sum" else 1
         sizes = [shape[self.batch_dims :].numel() for shape in shapes]
         # One product serves all points: they share its columns, up to their scale.
         common = rows.to(matrix.device, matrix.dtype) @ matrix[:, : max(sizes, default=0)]
         common = common.to(error.device)
-        by_size = {size: common[:, :size] * self._scale(size) for size in set(sizes)}
+        by_size = {size: common[:, :size] * (samples * self._scale(size)) for size in set(sizes)}
         return [by_size[size].reshape(shape) for size, shape in zip(sizes, shapes)]
 
     def _scale(self, size: int) -> float:

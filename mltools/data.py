@@ -229,8 +229,8 @@ class TrainingLoader:
         self.seed = seed
         self._resident = part.resident(self.device)
         self._streamed: Iterator[tuple[Tensor, Tensor]] = iter(())
-        self._order = torch.zeros(len(self) * batch_size, dtype=torch.int64, device=self.device)
-        self._batch = torch.arange(batch_size, device=self.device)  # places in the order
+        self._order = torch.zeros(len(self), batch_size, dtype=torch.int64, device=self.device)
+        self._next = torch.zeros(1, dtype=torch.int64, device=self.device)  # batch, in the order
 
     @property
     def resident(self) -> bool:
@@ -241,20 +241,21 @@ class TrainingLoader:
 
     def begin(self, epoch: int, batch: int = 0) -> None:
         """Makes `take` give the batches of an epoch (from 0 up), from the given one on."""
-        order = _permutation(len(self.part), self.seed, epoch)[: len(self._order)]
-        start = batch * self.batch_size
+        order = _permutation(len(self.part), self.seed, epoch)[: self._order.numel()]
         if self.resident:
-            self._order.copy_(order)
-            torch.arange(start, start + self.batch_size, out=self._batch)
+            self._order.copy_(order.view_as(self._order))
+            self._next.fill_(batch)
         else:
-            self._streamed = _stream(self.part, self.batch_size, self.device, order[start:])
+            order = order[batch * self.batch_size :]
+            self._streamed = _stream(self.part, self.batch_size, self.device, order)
 
-    def take(self) -> tuple[Tensor, Tensor]:
-        """The next batch of the epoch; at most `len(self)` of them."""
+    def take(self, count: int = 1) -> tuple[Tensor, Tensor]:
+        """The next batch of the epoch, or the next few, one behind the other in both tensors."""
         if self._resident is None:
-            return next(self._streamed)
-        index = self._order[self._batch]
-        self._batch += self.batch_size
+            images, labels = zip(*(next(self._streamed) for _ in range(count)))
+            return torch.cat(images), torch.cat(labels)
+        index = self._order[self._next + torch.arange(count, device=self.device)].flatten()
+        self._next += count
         x, y = self._resident
         return x[index], y[index]
 
@@ -266,7 +267,7 @@ class TrainingLoader:
 
     def state(self) -> list[Tensor]:
         """The tensors that `take` changes."""
-        return [self._batch]
+        return [self._next]
 
 
 def load(name: str, data_dir: str | os.PathLike) -> DataSet:

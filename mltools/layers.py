@@ -1,12 +1,14 @@
 """Layers of `torch.nn`, made to train many networks at once, fast, with reproducible numbers.
 
-Linear                    takes its SGD step within the backward pass
+Linear, Conv2d            take their SGD step within the backward pass
+MaxPool2d                 has a faster backward pass
 Dropout, ChannelDropout   draw from a generator of their own
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 
 class Linear(nn.Linear):
@@ -27,19 +29,26 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.learning_rate is None or not self.training:
-            return super().forward(input)
+            return _linear(input, self.weight, self.bias)
         return _LinearStep.apply(input, self.weight, self.bias, self.learning_rate)
 
 
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear, which on an H100 takes two to three times as long for a bias of one dimension."""
+    if bias is None or input.dim() != 2:
+        return F.linear(input, weight, bias)
+    return torch.addmm(bias.expand(len(input), -1), input, weight.t())
+
+
 class _LinearStep(torch.autograd.Function):
-    """F.linear; backward: the gradient for the input, and a step of the weight and the bias."""
+    """`_linear`; backward: the gradient for the input, and a step of the weight and the bias."""
 
     @staticmethod
     def forward(ctx, input: Tensor, weight: Tensor, bias: Tensor | None, learning_rate: float):
         ctx.save_for_backward(input)
         # Not saved for backward, where autograd would object to the step.
         ctx.weight, ctx.bias, ctx.learning_rate = weight, bias, learning_rate
-        return F.linear(input, weight, bias)
+        return _linear(input, weight, bias)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
@@ -50,6 +59,83 @@ class _LinearStep(torch.autograd.Function):
         if ctx.bias is not None:
             ctx.bias.add_(rows.sum(0), alpha=-ctx.learning_rate)
         return sent, None, None, None
+
+
+class Conv2d(nn.Conv2d):
+    """An `nn.Conv2d`, padded with zeros, that can take the step of plain SGD as `Linear` does.
+
+    Attributes:
+        learning_rate: None, the default, is `nn.Conv2d`.
+
+    Shapes: (N, in_channels, H, W) to (N, out_channels, H', W').
+    """
+
+    learning_rate: float | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.learning_rate is None or not self.training:
+            return super().forward(input)
+        return _Conv2dStep.apply(input, self.weight, self.bias, self)
+
+
+class _Conv2dStep(torch.autograd.Function):
+    """F.conv2d; backward: the gradient for the input, and a step of the weight and the bias."""
+
+    @staticmethod
+    def forward(ctx, input: Tensor, weight: Tensor, bias: Tensor | None, layer: Conv2d):
+        ctx.save_for_backward(input)
+        ctx.layer = layer
+        ctx.geometry = layer.stride, layer.padding, layer.dilation, layer.groups
+        return F.conv2d(input, weight, bias, *ctx.geometry)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        (input,) = ctx.saved_tensors
+        weight, bias, rate = ctx.layer.weight, ctx.layer.bias, ctx.layer.learning_rate
+        sent = None
+        if ctx.needs_input_grad[0]:
+            sent = conv2d_input(input.shape, weight, gradient, *ctx.geometry)
+        weight.add_(conv2d_weight(input, weight.shape, gradient, *ctx.geometry), alpha=-rate)
+        if bias is not None:
+            # As a product with ones: as a sum it is several times slower on CUDA.
+            pixels = gradient.flatten(2)
+            sums = pixels.flatten(0, 1) @ pixels.new_ones(pixels.shape[2])
+            bias.add_(sums.view(pixels.shape[:2]).sum(0), alpha=-rate)
+        return sent, None, None, None
+
+
+class MaxPool2d(nn.MaxPool2d):
+    """An `nn.MaxPool2d` without padding, whose backward pass in train mode is faster: on an H100 it
+    takes a quarter of the time.
+
+    Where more than two windows overlap, CUDA adds up what they send back in no fixed order. So it
+    is `nn.MaxPool2d` where PyTorch is asked for deterministic algorithms.
+
+    Shapes: (N, C, H, W) to (N, C, H', W').
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or torch.are_deterministic_algorithms_enabled():
+            return super().forward(input)
+        return _MaxPool2d.apply(input, self.kernel_size, self.stride)
+
+
+class _MaxPool2d(torch.autograd.Function):
+    """F.max_pool2d; backward: each window sends its gradient to where its maximum was."""
+
+    @staticmethod
+    def forward(ctx, input: Tensor, kernel_size: int, stride: int):
+        output, index = F.max_pool2d(input, kernel_size, stride, return_indices=True)
+        ctx.save_for_backward(index)
+        ctx.shape = input.shape
+        return output
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        (index,) = ctx.saved_tensors
+        sent = gradient.new_zeros(ctx.shape).flatten(2)
+        sent.scatter_add_(2, index.flatten(2), gradient.flatten(2))
+        return sent.view(ctx.shape), None, None
 
 
 class Dropout(nn.Module):

@@ -7,7 +7,7 @@ from torch import nn
 
 from dfatools import DFA, BottleneckLinear, DFALayer
 from mltools.errors import UserError
-from mltools.layers import ChannelDropout, Dropout, Linear
+from mltools.layers import ChannelDropout, Conv2d, Dropout, Linear, MaxPool2d
 
 ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "leaky-relu": nn.LeakyReLU}
 PLACEMENTS = ("release", "every-layer")
@@ -105,11 +105,11 @@ class Network:
         sizes = [channels, 32, 64, 64]
         blocks = [
             {
-                f"conv{i}": nn.Conv2d(sizes[i - 1], sizes[i], kernel_size=5, padding=2),
+                f"conv{i}": Conv2d(sizes[i - 1], sizes[i], kernel_size=5, padding=2),
                 f"drop{i}": _dropout(self.dropout_conv, ChannelDropout),
                 f"act{i}": self._activation(),
                 f"bn{i}": nn.BatchNorm2d(sizes[i]) if self.batchnorm else None,
-                f"maxp{i}": nn.MaxPool2d(kernel_size=3, stride=2),
+                f"maxp{i}": MaxPool2d(kernel_size=3, stride=2),
             }
             for i in range(1, len(sizes))
         ]

@@ -54,7 +54,7 @@ def train(
         device: where to train.
         report: takes the lines of the log, those on alignment aside.
         epoch_ended: called with the metrics of every epoch, once it is on disk.
-        stop: when it is set, the run ends after the batch under way, with a checkpoint.
+        stop: when it is set, the run ends after the step under way, with a checkpoint.
 
     Raises UserError if the folder's files do not fit together, or the data does not fit the run.
     """
@@ -105,8 +105,7 @@ def _train(
             if stop.is_set():
                 _save(trainer, folder, settings, epoch, batch, time.perf_counter() - start)
                 return False
-            trainer.step()
-            batch += 1
+            batch += trainer.step()
         epoch, batch, seconds = epoch + 1, 0, 0.0
         train_loss, train_accuracy = trainer.training_totals()
         test_loss, test_accuracy = trainer.evaluate()

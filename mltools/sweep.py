@@ -158,8 +158,11 @@ def parse(
     return options, chosen, arguments.tables_only
 
 
-def run(script: str, experiments: Iterable[Experiment], options: Options) -> None:
+def run(script: str, experiments: Sequence[Experiment], options: Options) -> None:
     """Runs every experiment with every seed, those aside that are finished already.
+
+    Seed by seed: so the table is whole early, and where several runs go on at once, small networks
+    fill the gaps that large ones leave.
 
     Ctrl-C, or a request to terminate, lets each run end its batch and write a checkpoint; a second
     one ends the process at once, and costs no more than the epoch under way.
@@ -171,8 +174,8 @@ def run(script: str, experiments: Iterable[Experiment], options: Options) -> Non
     device = torch.device(options.device)
     _set_arithmetic(options)
     todo, aside = [], []
-    for experiment in experiments:
-        for seed in options.seeds:
+    for seed in options.seeds:
+        for experiment in experiments:
             folder = folder_of(script, experiment.name, seed, options)
             settings = settings_of(experiment, seed, options)
             try:

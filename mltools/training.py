@@ -1,11 +1,13 @@
 """The arithmetic of one run: its network, its training step, its evaluation.
 
-Nothing in a step waits for the device. Where the data is kept on it, a step needs nothing from the
-host at all, and on CUDA it is recorded once and launched as one graph.
+Nothing in a step waits for the device. Where the data is kept on it, steps need nothing from the
+host at all, and on CUDA several of them are recorded once and launched as one graph.
 """
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,12 +17,13 @@ from torch import Tensor
 from dfatools import BottleneckLinear, measure_alignment, prealign
 from mltools.capture import capture
 from mltools.data import DataSet, Loader, TrainingLoader
-from mltools.layers import Dropout, Linear
+from mltools.layers import Conv2d, Dropout, Linear
 from mltools.networks import Network
 
 PRECISIONS = ("float32", "tf32", "bf16")
-EVALUATION_BATCH = 500  # larger ones leave no room for the CNN in 1 GB of GPU memory
+EVALUATION_BATCH = 250  # larger ones take more memory than training does
 ALIGNMENT_SAMPLES = 128  # of the test set, its first ones
+STEPS_PER_LAUNCH = 16  # of a CUDA graph, at most
 
 # What a process has one of: the default generators, and a CUDA graph being recorded.
 _process = threading.Lock()
@@ -49,8 +52,9 @@ class Trainer:
     """One network with its data, its optimizer and its random state, all on one device.
 
         trainer.begin(epoch)
-        for _ in range(len(trainer.batches)):
-            trainer.step()
+        batch = 0
+        while batch < len(trainer.batches):
+            batch += trainer.step()
         loss, accuracy = trainer.training_totals()
 
     Several trainers may work at once, each in a thread and, on CUDA, on a stream of its own.
@@ -91,38 +95,53 @@ class Trainer:
                 module.generator = self.generator
             elif isinstance(module, BottleneckLinear):
                 module.input_generator = self.generator
-            elif isinstance(module, Linear) and precision != "bf16":
+            elif isinstance(module, (Linear, Conv2d)) and precision != "bf16":
                 module.learning_rate = experiment.learning_rate
         self._optimizer = torch.optim.SGD(self.model.parameters(), experiment.learning_rate)
-        self._launch = self._step
+        self._launch: Callable[[], None] = partial(self._steps, 1)
+        self._steps_per_launch = 1
+        self._left = 0  # batches of the epoch
 
     def capture(self) -> None:
-        """Makes each step one launch of a CUDA graph, with the same results.
+        """Makes several steps one launch of a CUDA graph, with the same results.
 
         Raises:
-            RuntimeError: the step cannot be recorded.
+            RuntimeError: the steps cannot be recorded.
         """
         if not self.batches.resident:
             raise RuntimeError("the data is streamed")
         state = [*self.model.state_dict().values(), *self.batches.state(), self._totals]
+        divisors = (n for n in range(1, STEPS_PER_LAUNCH + 1) if len(self.batches) % n == 0)
+        steps = max(divisors)
         self.model.train()
         with _process:
-            self._launch = capture(self._step, state, self.generator)
+            self._launch = capture(partial(self._steps, steps), state, self.generator)
+        self._steps_per_launch = steps
 
     def begin(self, epoch: int, batch: int = 0) -> None:
         """Makes `step` take the batches of an epoch (from 1 up), from the given one on."""
         self.model.train()
         self.batches.begin(epoch, batch)
+        self._left = len(self.batches) - batch
         if batch == 0:
             self._totals.zero_()
 
-    def step(self) -> None:
-        """Trains on the next batch of the epoch."""
-        self._launch()
+    def step(self) -> int:
+        """Trains on the next batch of the epoch, or the next few, in one launch; says how many."""
+        if self._left % self._steps_per_launch == 0:
+            self._launch()
+            taken = self._steps_per_launch
+        else:  # the epoch was taken up in between
+            self._steps(1)
+            taken = 1
+        self._left -= taken
+        return taken
 
-    def _step(self) -> None:
-        x, y = self.batches.take()
-        self._totals += _totals(*self.learn(x, y), y)
+    def _steps(self, count: int) -> None:
+        x, y = self.batches.take(count)
+        batches = zip(x.chunk(count), y.chunk(count))
+        outputs, losses = zip(*(self.learn(*batch) for batch in batches))
+        self._totals += _totals(torch.cat(outputs), torch.stack(losses).double().mean(), y)
 
     def learn(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Forward pass, backward pass and update on one batch; returns its output and mean loss."""

@@ -2,11 +2,12 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from mltools.layers import ChannelDropout, Dropout, Linear
+from mltools.layers import ChannelDropout, Conv2d, Dropout, Linear, MaxPool2d
 
 RATE = 0.3
 
@@ -39,6 +40,60 @@ def test_the_step_is_that_of_sgd(bias, shape, needs_input):
     if needs_input:  # through the weight before its step
         torch.testing.assert_close(x.grad, error @ w, rtol=0, atol=1e-13)
     assert all(parameter.grad is None for parameter in ours.parameters())
+
+
+def convolved(x, w):
+    """A convolution with one zero of padding, entry by entry."""
+    padded = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)))
+    out = np.zeros((len(x), len(w), *x.shape[2:]))
+    for i, j in np.ndindex(out.shape[2:]):
+        window = padded[:, :, i : i + w.shape[2], j : j + w.shape[3]]
+        out[:, :, i, j] = np.einsum("ncij,kcij->nk", window, w)
+    return out
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("needs_input", [True, False])
+def test_the_step_of_a_convolution_is_that_of_sgd(bias, needs_input):
+    torch.manual_seed(0)
+    layer = Conv2d(2, 3, 3, padding=1, bias=bias, dtype=torch.float64)
+    layer.learning_rate = RATE
+    w, b = layer.weight.detach().numpy().copy(), bias and layer.bias.detach().clone()
+    x = torch.randn(4, 2, 5, 6, dtype=torch.float64, requires_grad=needs_input)
+    error = torch.randn(4, 3, 5, 6, dtype=torch.float64)
+    output = layer(x)
+    output.backward(error)
+    inputs, sent = x.detach().numpy(), error.numpy()
+    shift = b.view(3, 1, 1).numpy() if bias else 0
+    np.testing.assert_allclose(output.detach(), convolved(inputs, w) + shift, atol=1e-13)
+    # The gradient of an entry is the product of what it meets with what it is sent back.
+    padded = np.pad(inputs, ((0, 0), (0, 0), (1, 1), (1, 1)))
+    gradient = np.empty_like(w)
+    for i, j in np.ndindex(3, 3):
+        met = padded[:, :, i : i + 5, j : j + 6]
+        gradient[:, :, i, j] = np.einsum("nkab,ncab->kc", sent, met)
+    np.testing.assert_allclose(layer.weight.detach(), w - RATE * gradient, atol=1e-13)
+    if bias:
+        torch.testing.assert_close(layer.bias, b - RATE * error.sum((0, 2, 3)), rtol=0, atol=1e-13)
+    if needs_input:  # through the weight before its step: a convolution with the turned kernel
+        turned = w[:, :, ::-1, ::-1].swapaxes(0, 1)
+        np.testing.assert_allclose(x.grad, convolved(sent, turned), atol=1e-13)
+    assert all(parameter.grad is None for parameter in layer.parameters())
+
+
+def test_a_pooling_sends_the_gradient_of_a_window_to_its_first_maximum():
+    torch.manual_seed(0)
+    x = torch.randint(4, (2, 3, 7, 8)).double().requires_grad_()  # with ties
+    error = torch.randn(2, 3, 3, 3, dtype=torch.float64)
+    output = MaxPool2d(3, 2)(x)
+    output.backward(error)
+    expected = np.zeros(x.shape)
+    for n, c, i, j in np.ndindex(error.shape):
+        window = x.detach().numpy()[n, c, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3]
+        assert output[n, c, i, j] == window.max()
+        di, dj = divmod(window.argmax(), 3)
+        expected[n, c, 2 * i + di, 2 * j + dj] += error[n, c, i, j]
+    np.testing.assert_allclose(x.grad, expected, atol=1e-14)
 
 
 def test_nothing_moves_without_a_rate_in_eval_mode_or_without_gradients():

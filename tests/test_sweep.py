@@ -106,12 +106,13 @@ def test_a_stopped_run_keeps_its_batch_and_ends_the_same(
     done, step = [], Trainer.step
 
     def counted(trainer):
-        step(trainer)
+        taken = step(trainer)
         done.append(None)
         if len(done) == steps:
             os.kill(os.getpid(), signal.SIGINT)
             while signal.getsignal(signal.SIGINT) != signal.SIG_DFL:
                 time.sleep(0.001)  # until the main thread has taken notice
+        return taken
 
     command = [*TWO_EPOCHS, "--seeds", "0", "1", "--experiments", ROW, "--results-dir", tmp_path]
     with monkeypatch.context() as patch:
@@ -229,9 +230,10 @@ def test_a_run_that_fails_ends_the_others_with_a_checkpoint(start, tmp_path, mon
     step = Trainer.step
 
     def failing(trainer):
-        step(trainer)
+        taken = step(trainer)
         if trainer.batches.seed == 1:
             raise OSError(28, "No space left on device", "somewhere")
+        return taken
 
     monkeypatch.setattr(Trainer, "step", failing)
     code, _, err = start(
