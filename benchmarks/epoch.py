@@ -158,13 +158,15 @@ def measure(name: str, data: DataSet, device: torch.device, epochs: int, workers
 
     ours, theirs, steps, bares, shares = [], [], [], [], []
     runs.Trainer = TimedTrainer  # type: ignore[misc]  # what a run is made with
-    since = time.perf_counter()
+    since, peak = time.perf_counter(), 0
 
     def epoch_ended(metrics: dict) -> None:
-        nonlocal since
+        nonlocal since, peak
         if device.type == "cuda":
             torch.cuda.synchronize()
         own = time.perf_counter() - since
+        if device.type == "cuda" and metrics["epoch"] == 1:
+            peak = torch.cuda.max_memory_allocated()
         if metrics["epoch"] > 1:  # the first one sets up
             ours.append(own)
             shares.append(1 - TimedTrainer.arithmetic / own)
@@ -192,7 +194,7 @@ def measure(name: str, data: DataSet, device: torch.device, epochs: int, workers
     bound = count / rate_of_a_large_product(device)
     if device.type == "cuda":
         outside = 1 - batches * step / epoch
-        memory = f"{torch.cuda.max_memory_allocated() / 1e6:.0f} MB of GPU memory (both loops)"
+        memory = f"{peak / 1e6:.0f} MB of GPU memory"
     else:
         memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3:.0f} MB (the process)"
     return (
