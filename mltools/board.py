@@ -8,13 +8,14 @@ from mltools.errors import UserError
 class Board:
     """Writes a run's epochs as scalars below a folder; to be used in a `with` statement.
 
+    To be made where `check_installed` has nothing to say.
+
     Args:
         folder: where to.
         done: epochs that are finished; what TensorBoard has of later ones is discarded.
     """
 
     def __init__(self, folder: Path, done: int) -> None:
-        check_installed()
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(folder, purge_step=done + 1)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 class UserError(Exception):
     """Bad input. The message is one line: what is wrong and what to do about it.
 
-    Scripts print it and exit with code 2; every other exception keeps its traceback.
+    See `exit_code` for what becomes of it.
     """
 
 

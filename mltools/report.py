@@ -194,7 +194,7 @@ def _runs(folder: Path, runs: Mapping[str, Sequence[RunFolder]]) -> str:
 def _state(run: RunFolder, last: dict) -> str:
     config = run.config()
     if config is None:
-        return "settings lost" if last else "not run"
+        return "not run"
     if last and diverged(last):
         state = f"diverged in epoch {last['epoch']}"
     elif run.finished():

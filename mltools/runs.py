@@ -98,7 +98,8 @@ def _train(
         except RuntimeError as error:
             log(f"no CUDA graph, steps are launched one by one ({one_line(error)})")
 
-    while epoch < epochs and not any(map(diverged, folder.metrics()[-1:])):
+    ended = any(map(diverged, folder.metrics()[-1:]))
+    while epoch < epochs and not ended:
         start = time.perf_counter() - seconds
         trainer.begin(epoch + 1, batch)
         while batch < len(trainer.batches):
@@ -127,7 +128,8 @@ def _train(
         folder.add_epoch(metrics, cosines)
         _save(trainer, folder, settings, epoch)  # now the epoch counts
         epoch_ended(metrics)
-        if diverged(metrics):
+        ended = diverged(metrics)
+        if ended:
             log(f"diverged in epoch {epoch}, stopped")
     if device.type == "cuda":
         megabytes = torch.cuda.max_memory_allocated(device) / 1e6

@@ -55,7 +55,7 @@ def summarise(name: str, folders: Sequence[RunFolder]) -> Row:
         else:
             last[folder.path.name] = metrics[-1]
             settings = _same(settings, config["settings"], folder.path)
-    notes = [f"{broken} diverged"] * bool(broken) + [f"{missing} not run"] * bool(missing)
+    notes = [f"{broken} diverged"] * bool(broken) + [f"{missing} not finished"] * bool(missing)
     row = Row(name, seeds=len(last), settings=settings, note=", ".join(notes))
     if last:
         row.test = _spread([metrics["test_accuracy"] for metrics in last.values()])

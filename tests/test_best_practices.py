@@ -167,7 +167,7 @@ def test_missing_data_without_a_network_is_one_line(start, tmp_path, monkeypatch
 def test_tables_only_of_nothing_says_so(start, tmp_path):
     code, out, _ = start(best_practices.main, "--tables-only", "--results-dir", tmp_path)
     assert code == 0 and out.count("no finished run") == 2
-    assert out.count("10 not run") == len(ROWS)
+    assert out.count("10 not finished") == len(ROWS)
 
 
 @pytest.mark.parametrize(

@@ -282,7 +282,7 @@ def test_tables_only_without_a_run_says_so(start, tmp_path, monkeypatch):
     monkeypatch.setattr(mltools_sweep, "train", no_training)
     options = ("--sizes", 18, "--init", "pai", "--results-dir", tmp_path, "--tables-only")
     code, out, _ = start(bottleneck.main, *DIGITS, "1", *options)
-    assert code == 0 and "pai-18" in out and "1 not run" in out
+    assert code == 0 and "pai-18" in out and "1 not finished" in out
     assert not (tmp_path / "bottleneck/pai-18").exists()
 
 
@@ -372,5 +372,5 @@ def test_what_is_not_finished_is_noted_and_not_drawn(tmp_path, monkeypatch):
         lambda series, *arguments: shown.append([one.points for one in series if one.points]),
     )
     bottleneck_from_log.write_report(bottleneck_from_log.runs_below(tmp_path), tmp_path)
-    assert cells_of(tmp_path)["std-118"]["note"] == "1 not run"
+    assert cells_of(tmp_path)["std-118"]["note"] == "1 not finished"
     assert [list(points) for figure in shown for points in figure] == [[18]] * 6

@@ -194,7 +194,7 @@ def test_versions_that_differ_say_how_many_runs_have_them(page):
 
 def test_results_without_versions_or_without_any_run_make_a_page(tmp_path):
     for runs in ({"fc": [run(tmp_path / "fc/seed-0", 3, environment={})]}, {"fc": []}):
-        write_html(tmp_path, "t", [Table("none", [Row("fc", note="1 not run")], [])], [], runs)
+        write_html(tmp_path, "t", [Table("none", [Row("fc", note="1 not finished")], [])], [], runs)
         parsed = Page((tmp_path / "report.html").read_text())
         assert "Versions and devices" not in parsed.captions and not parsed.images
         assert len(parsed.table("Every run, after its last epoch so far")) == 1 + len(runs["fc"])

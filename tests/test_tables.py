@@ -62,13 +62,13 @@ def test_unfinished_missing_and_diverged_runs_are_left_out_and_noted(tmp_path):
     ]
     row = summarise("fc", folders)
     assert row.test == (42.0, None) and row.seeds == 1
-    assert row.note == "1 diverged, 2 not run"
+    assert row.note == "1 diverged, 2 not finished"
     assert row.angles_from == "fc/seed-2"
 
 
 def test_a_row_without_a_finished_run_shows_no_number():
     row = summarise("fc", [RunFolder("nowhere/seed-0")])
-    assert row.test is None and row.note == "1 not run"
+    assert row.test is None and row.note == "1 not finished"
     assert protocols([row]) == "no finished run"
 
 

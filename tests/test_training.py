@@ -105,6 +105,24 @@ def recording(monkeypatch, fail=False):
             self.launches += 1
             self.step()
 
+    class Event:
+        """Of a device that ends what was launched only when the host waits for it."""
+
+        def __init__(self, blocking):
+            assert blocking
+            self.pending = False
+
+        def record(self):
+            self.pending = True
+            ahead.append(self)
+            assert len(ahead) <= 2
+
+        def synchronize(self):
+            while self.pending:
+                ahead.pop(0).pending = False
+
+    ahead = []
+
     @contextmanager
     def record(graph, stream, capture_error_mode):
         assert capture_error_mode == "thread_local"
@@ -116,6 +134,7 @@ def recording(monkeypatch, fail=False):
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "CUDAGraph", Graph)
         patch.setattr(torch.cuda, "graph", record)
+        patch.setattr(torch.cuda, "Event", Event)
         patch.setattr(torch.cuda, "current_stream", lambda: None)
         yield recorded
 
@@ -130,14 +149,14 @@ def test_a_captured_step_gives_the_same_bits(network, monkeypatch):
     assert graph.generators == [captured.generator]
     # The steps before and during the recording left no trace.
     assert outcome(captured) == outcome(plain)
-    steps(plain), steps(captured)
-    assert graph.launches == 2
+    steps(plain, 50), steps(captured, 50)
+    assert graph.launches == 5
     ours, theirs = outcome(captured), outcome(plain)
     assert ours.pop("totals") == pytest.approx(theirs.pop("totals"))  # added up in another order
     assert ours == theirs
     assert captured.evaluate() == plain.evaluate()
     # Taken up in between, the epoch goes on step by step up to the next launch.
-    captured.begin(3, 7), plain.begin(3, 7)
+    captured.begin(6, 7), plain.begin(6, 7)
     assert [captured.step() for _ in range(3)] == [plain.step() for _ in range(3)] == [1, 1, 1]
     assert outcome(captured)["lin1.weight"] == outcome(plain)["lin1.weight"]
 
