@@ -31,6 +31,7 @@ from pathlib import Path
 import torch
 from harness import (
     in_turns,
+    launched,
     machine,
     median_ratio,
     products,
@@ -116,12 +117,10 @@ def graphs_in_turns(
     device: torch.device,
 ) -> tuple[list[float], list[float]]:
     """Seconds of a step and of its bare products, both launched as graphs, over some epochs."""
+    replay = launched(bare, device)
     with torch.cuda.stream(torch.cuda.Stream(device)):
-        trainer, graph = Trainer(experiment, data, settings, device), torch.cuda.CUDAGraph()
+        trainer = Trainer(experiment, data, settings, device)
         trainer.capture()
-        bare()
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-            bare()
         batches = len(trainer.batches)
 
         def steps() -> None:
@@ -131,7 +130,7 @@ def graphs_in_turns(
 
         def products_alone() -> None:
             for _ in range(batches):
-                graph.replay()
+                replay()
 
         times = []
         for epoch in range(5):

@@ -5,7 +5,8 @@
     python benchmarks/step.py --device cuda
 
 A step is zero_grad, forward pass, cross-entropy, backward pass, SGD update, on one random batch of
-128. The two methods take turns, step by step, so that whatever else the machine does slows both.
+128; on CUDA, it is one graph. The two methods take turns, step by step, so that whatever else the
+machine does slows both.
 `DFA / BP` is the median of the ratio over pairs of neighbouring steps, with its quartiles behind;
 `allowed` is the ratio of multiply-adds in matrix products, which leaves out everything else.
 
@@ -25,7 +26,7 @@ import statistics
 from collections.abc import Callable
 
 import torch
-from harness import in_turns, machine, products
+from harness import in_turns, launched, machine, products
 from torch import Tensor, nn
 
 from dfatools import dfa_from_bp
@@ -76,7 +77,8 @@ def compare(name: str, device: torch.device, steps: int) -> str:
     y = torch.randint(10, (BATCH,), device=device)
     (bp_count, _), (dfa_count, _) = products(bp, x), products(dfa, x)
     allowed = dfa_count / bp_count
-    times = in_turns([training_step(bp, x, y), training_step(dfa, x, y)], steps, device)
+    works = [launched(training_step(model, x, y), device) for model in (bp, dfa)]
+    times = in_turns(works, steps, device)
     bp_ms, dfa_ms = (1000 * statistics.median(column) for column in times)
     low, ratio, high = statistics.quantiles([dfa / bp for bp, dfa in zip(*times)], n=4)
     return (

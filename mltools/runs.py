@@ -31,6 +31,8 @@ CHECKPOINT = {
 }
 """What a checkpoint holds, beside the rest of `Trainer.state_dict`."""
 
+_thread = threading.local()
+
 
 def train(
     experiment: Experiment,
@@ -185,10 +187,12 @@ def _save(
 
 
 def _stream(device: torch.device) -> AbstractContextManager:
-    """On CUDA a stream of the run's own, so that the runs of other threads go on beside it."""
+    """On CUDA a stream of the thread's own, so that the runs of other threads go on beside it."""
     if device.type != "cuda":
         return nullcontext()
-    return torch.cuda.stream(torch.cuda.Stream(device))
+    if not hasattr(_thread, "stream"):  # not one per run: the device's queues are few
+        _thread.stream = torch.cuda.Stream(device)
+    return torch.cuda.stream(_thread.stream)
 
 
 def environment(device: torch.device) -> dict:
