@@ -161,13 +161,11 @@ class Trainer:
     def evaluate(self) -> tuple[float, float]:
         """The mean loss and the accuracy in percent on the test set, in eval mode."""
         self.model.eval()
-        totals = torch.zeros_like(self._totals)
-        for x, y in self.test:
-            with self._autocast:
-                output = self.model(x)
-                loss = F.cross_entropy(output, y)
-            totals += _totals(output, loss, y)
-        return _means(totals, len(self.test.part))
+        with self._autocast:
+            outputs, labels = zip(*((self.model(x), y) for x, y in self.test))
+            output, y = torch.cat(outputs), torch.cat(labels)
+            loss = F.cross_entropy(output, y)
+        return _means(_totals(output, loss, y), len(y))
 
     def alignment(self) -> dict[str, np.ndarray]:
         """Layer to the cosines of the first test images, float32 (samples,); none without DFA."""
