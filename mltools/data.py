@@ -127,6 +127,7 @@ class Part:
         Made at the first call and shared by all later ones, so not to be written to. None where
         the images lie in files, or would not fit.
         """
+        device = torch.empty(0, device=device).device  # "cuda" is cuda:0, or whichever is current
         if device not in self._resident:
             if not isinstance(self.dataset, TensorDataset):
                 return None
@@ -184,7 +185,7 @@ class Loader:
         _check_batch_size(batch_size)
         self.part = part
         self.batch_size = batch_size
-        self.device = _indexed(device)
+        self.device = torch.device(device)
         self._resident = part.resident(self.device)
 
     def __len__(self) -> int:
@@ -225,7 +226,7 @@ class TrainingLoader:
             )
         self.part = part
         self.batch_size = batch_size
-        self.device = _indexed(device)
+        self.device = torch.device(device)
         self.seed = seed
         self._resident = part.resident(self.device)
         self._streamed: Iterator[tuple[Tensor, Tensor]] = iter(())
@@ -350,11 +351,6 @@ def import_torchvision() -> ModuleType:
 def _check_batch_size(batch_size: int) -> None:
     if batch_size < 1:
         raise UserError(f"the batch size is {batch_size}; it must be 1 or more")
-
-
-def _indexed(device: torch.device | str) -> torch.device:
-    """`"cuda"` becomes `cuda:0`, or whichever is current."""
-    return torch.empty(0, device=device).device
 
 
 def _stream(

@@ -534,6 +534,13 @@ def test_the_order_is_that_of_the_mixed_seed():
     assert order(TrainingLoader(part(), 4, "cpu", 5).epoch(7)) == expected.tolist()[:20]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_device_with_two_names_holds_a_part_once():
+    part = load("Digits", "").train
+    one, other = (part.resident(torch.device(name)) for name in ("cuda", "cuda:0"))
+    assert one[0].data_ptr() == other[0].data_ptr()
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("resident", [True, False])
 def test_an_epoch_is_taken_up_at_any_batch(device, resident, monkeypatch):
