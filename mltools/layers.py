@@ -105,8 +105,7 @@ class _Conv2dStep(torch.autograd.Function):
 
 
 class MaxPool2d(nn.MaxPool2d):
-    """An `nn.MaxPool2d` without padding, whose backward pass in train mode is faster: on an H100 it
-    takes a quarter of the time.
+    """An `nn.MaxPool2d` without padding, whose backward pass is faster in train mode.
 
     Where more than two windows overlap, CUDA adds up what they send back in no fixed order. So it
     is `nn.MaxPool2d` where PyTorch is asked for deterministic algorithms.

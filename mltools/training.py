@@ -23,7 +23,7 @@ from mltools.networks import Network
 PRECISIONS = ("float32", "tf32", "bf16")
 EVALUATION_BATCH = 250  # larger ones take more memory than training does
 ALIGNMENT_SAMPLES = 128  # of the test set, its first ones
-STEPS_PER_LAUNCH = 16  # of a CUDA graph, at most
+STEPS_PER_LAUNCH = 10  # of a CUDA graph, at most; more take longer to record
 
 # What a process has one of: the default generators, and a CUDA graph being recorded.
 _process = threading.Lock()
