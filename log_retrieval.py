@@ -29,7 +29,12 @@ def main() -> int:
         epilog="Exit code: 0 if something was recovered, 1 if nothing, 2 for bad usage.",
     )
     parser.add_argument("logs", type=Path, nargs="+", metavar="LOG", help="a log file")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="where the folders go")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="where the folders go (default: lines to stdout instead)",
+    )
     arguments = parser.parse_args()
     recovered = False
     try:
