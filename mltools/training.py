@@ -5,7 +5,8 @@ host at all, and on CUDA several of them are recorded once and launched as one g
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,8 +26,36 @@ EVALUATION_BATCH = 250  # larger ones take more memory than training does
 ALIGNMENT_SAMPLES = 128  # of the test set, its first ones
 STEPS_PER_LAUNCH = 10  # of a CUDA graph, at most; more take longer to record
 
-# What a process has one of: the default generators, and a CUDA graph being recorded.
-_process = threading.Lock()
+
+class _Process:
+    """What a process has one of: its default generators, and a CUDA graph being recorded.
+
+    One thread may have it alone, to change it, or several together, to leave it as they find it.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._together = 0
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._together == 0)
+            yield
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        with self._changed:
+            self._together += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._together -= 1
+                self._changed.notify_all()
+
+
+_process = _Process()
 
 
 @dataclass(frozen=True)
@@ -77,7 +106,7 @@ class Trainer:
         self.generator = torch.Generator(device).manual_seed(seed)
         self._autocast = torch.autocast(device.type, torch.bfloat16, precision == "bf16")
         self._totals = torch.zeros(2, dtype=torch.float64, device=device)  # loss, correct answers
-        with _process:
+        with _process.alone():
             torch.manual_seed(seed)
             self.model = experiment.network.build(
                 data.input_shape,
@@ -114,7 +143,7 @@ class Trainer:
         divisors = (n for n in range(1, STEPS_PER_LAUNCH + 1) if len(self.batches) % n == 0)
         steps = max(divisors)
         self.model.train()
-        with _process:
+        with _process.alone():
             self._launch = capture(partial(self._steps, steps), state, self.generator)
         self._steps_per_launch = steps
 
@@ -173,7 +202,7 @@ class Trainer:
             return {}
         x, y = next(iter(self.test))
         x, y = x[:ALIGNMENT_SAMPLES], y[:ALIGNMENT_SAMPLES]
-        with _process:
+        with _process.together():
             cosines = measure_alignment(self.model, x, y, F.cross_entropy)
         rows = torch.stack([*cosines.values()]).float().cpu().numpy()
         return dict(zip(cosines, rows))
