@@ -34,6 +34,10 @@ class DFALayer(nn.Module):
     A forward pass that raises halfway is forgotten if a module that holds the `DFA` ran it. Where
     layers and `DFA` are called from plain code, nothing tells its remains from the next pass.
 
+    It may stand inside what `torch.utils.checkpoint` computes again (`use_reentrant=False`), except
+    under `torch.compile`. In a module given to FSDP2's `fully_shard` it comes first, not last: FSDP
+    gathers the weights when a gradient gets to the module's output.
+
     Shapes: any `(*batch, *features)`, unchanged, with as many batch dimensions as its `DFA` says.
     """
 
@@ -69,7 +73,8 @@ class DFA(nn.Module):
             Without it, the standard deviation is 1, and the norm sqrt(d_i) times that of e.
         reduction: `"mean"` sends back e itself; `"sum"` sends back e times the number of samples
             in the batch (in a distributed run: over all processes), which under a mean loss is
-            the summed error of the 2019 release.
+            the summed error of the 2019 release. Under gradient accumulation each forward pass
+            has a batch of its own.
         training_method: `"dfa"`; `"bp"`, the same network with nothing cut; `"shallow"`, where only
             what follows the last feedback point learns. May be changed at any time.
         batch_dims: how many leading dimensions the output and the hidden activations share: 1 for
@@ -169,6 +174,8 @@ class DFA(nn.Module):
                 batch dimensions than the hidden activations.
             RuntimeError: no feedback point of this DFA was reached in this forward pass.
         """
+        if _recomputing():
+            return output
         self._forget_unfinished_pass()
         pending, self._pending, self._pass = self._pending, [], None
         if not self._sizes:
@@ -242,7 +249,7 @@ class DFA(nn.Module):
         self._sizes[index] = hidden.shape[self.batch_dims :].numel()
         if self.training_method == "bp" or not torch.is_grad_enabled():
             return hidden
-        if self.training_method == "dfa":
+        if self.training_method == "dfa" and not _recomputing():
             self._forget_unfinished_pass()
             self._pending.append(hidden)
         return hidden.detach()
@@ -302,6 +309,8 @@ class DFA(nn.Module):
     def _apply(self, fn, recurse=True):
         """Follows the model, but for what `feedback_device` and `feedback_dtype` fix."""
         matrix = self.feedback_matrix
+        if matrix is not None and matrix.is_meta:
+            matrix = self.feedback_matrix = None  # holds no values: the next pass draws them
         if matrix is None or (self.feedback_device is None and self.feedback_dtype is None):
             return super()._apply(fn, recurse)
         # Not even for a moment on another device, or in a narrower type.
@@ -333,7 +342,7 @@ class _Feedback(torch.autograd.Function):
     @staticmethod
     def forward(ctx, dfa: DFA, output: Tensor, *hidden: Tensor) -> Tensor:
         ctx.dfa, ctx.shapes = dfa, [h.shape for h in hidden]
-        return output.view_as(output)
+        return output.detach()  # shares memory, but is no view: those cannot be changed in place
 
     @staticmethod
     def backward(ctx, error: Tensor):
@@ -342,6 +351,14 @@ class _Feedback(torch.autograd.Function):
 
 def _processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _recomputing() -> bool:
+    """Whether this call, made inside a backward pass, is activation checkpointing's second one.
+
+    The graph of the first one is what the error goes to: the second must not add to it.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _outermost_module_call() -> FrameType | None:

@@ -299,6 +299,20 @@ def test_the_matrix_stays_on_its_own_device():
     assert torch.equal(model[-1].feedback_matrix, matrix)
 
 
+def test_a_matrix_without_values_is_drawn_anew():
+    with torch.device("meta"):
+        model = fc(dtype=torch.float32)
+        model(torch.randn(8, 7))
+    assert model[-1].feedback_matrix.is_meta
+    model.to_empty(device="cpu")
+    for layer in model[:-1:3]:
+        layer.reset_parameters()
+    torch.manual_seed(5)
+    model(batch(dtype=torch.float32)[0])
+    torch.manual_seed(5)
+    assert torch.equal(model[-1].feedback_matrix, torch.randn(4, 9))
+
+
 # A feedback matrix of another type than the model's
 
 TYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
@@ -505,6 +519,16 @@ def test_a_finished_pass_keeps_no_activation_alive():
     model[1].register_forward_hook(lambda _, __, hidden: seen.append(weakref.ref(hidden)))
     gradients(model, x, y)
     assert len(seen) == 1 and seen[0]() is None
+
+
+def test_the_output_may_be_changed_in_place():
+    model = fc()
+    x, y = batch()
+    expected = gradients(model, x, y)
+    model.zero_grad()
+    output = model(x).mul_(2)
+    F.cross_entropy(output / 2, y).backward()
+    assert_close([p.grad for p in model.parameters()], expected, 1e-15)
 
 
 def test_encoder_and_head_called_from_plain_code():
