@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from dfatools import DFA, DFALayer, dfa_from_bp
+from dfatools import DFA, DFALayer, dfa_from_bp, measure_alignment
 
 WIDTH, SAMPLES = 12, 16
 FULL = StateDictOptions(full_state_dict=True)
@@ -118,7 +118,7 @@ def gradients(model, x, y, steps=1):
     return [g.full_tensor() if isinstance(g, DTensor) else g.clone() for g in grads]
 
 
-# What each of the two processes does. All return their gradients and their feedback matrix.
+# What each of the two processes does. Most return their gradients and their feedback matrix.
 
 CASES = list(
     itertools.product(
@@ -178,6 +178,12 @@ def count_whole_blocks(rank):
     return counts
 
 
+def align(rank):
+    """The cosines of its half, and the matrix."""
+    model = shard(net())
+    return measure_alignment(model, *half(rank), F.cross_entropy), model.dfa.feedback_matrix
+
+
 def save_states(rank, folder):
     """Also the names in the full state."""
     model = shard(net())
@@ -229,6 +235,7 @@ def work(rank, folder):
             found["sequential"] = train_sequential(rank)
             found["meta"] = train_from_meta(rank)
             found["whole blocks"] = count_whole_blocks(rank)
+            found["alignment"] = align(rank)
             found["saved"] = save_states(rank, folder)
             found["loaded", "sharded"] = load_sharded_state(rank, folder)
             for wrapper, used in itertools.product(ENGINES, (False, True)):
@@ -309,6 +316,17 @@ def test_mixed_precision(found, case, dtype):
 
 def test_one_block_at_a_time_is_whole_in_the_backward_pass(found):
     assert [result["whole blocks"] for result in found] == [[1] * 4] * 2
+
+
+def test_alignment_of_a_sharded_network(found):
+    model = net()
+    model.dfa.feedback_matrix = found[0]["alignment"][1]
+    expected = measure_alignment(model, *batch(), F.cross_entropy)
+    halves = [result["alignment"][0] for result in found]
+    assert list(halves[0]) == list(expected)
+    for name, cosines in expected.items():
+        got = torch.cat([half[name] for half in halves])
+        torch.testing.assert_close(got, cosines, rtol=0, atol=1e-6)
 
 
 def test_a_converted_sequential_in_shards(found):
