@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 TRAINING_METHODS = ("dfa", "bp", "shallow")
 REDUCTIONS = ("mean", "sum")
+FEEDBACK_DTYPES = (None, torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class DFALayer(nn.Module):
@@ -32,6 +33,10 @@ class DFALayer(nn.Module):
 
     A forward pass that raises halfway is forgotten if a module that holds the `DFA` ran it. Where
     layers and `DFA` are called from plain code, nothing tells its remains from the next pass.
+
+    It may stand inside what `torch.utils.checkpoint` computes again (`use_reentrant=False`), except
+    under `torch.compile`. In a module given to FSDP2's `fully_shard` it comes first, not last: FSDP
+    gathers the weights when a gradient gets to the module's output.
 
     Shapes: any `(*batch, *features)`, unchanged, with as many batch dimensions as its `DFA` says.
     """
@@ -59,7 +64,7 @@ class DFA(nn.Module):
     It owns one random matrix, (output size, largest feedback size), with entries from N(0, 1),
     shared by all the points: the i-th gets the first d_i columns, which are its B_i, (output size,
     d_i), in Eq. 2. It is made on the first forward pass, on the output's device, in float32 or
-    wider. In a distributed run the first process's matrix is everybody's.
+    wider. In a distributed run the first process's matrix is everybody's, whole.
 
     Args:
         layers: the `DFALayer`s that this output feeds, in network order.
@@ -68,13 +73,17 @@ class DFA(nn.Module):
             Without it, the standard deviation is 1, and the norm sqrt(d_i) times that of e.
         reduction: `"mean"` sends back e itself; `"sum"` sends back e times the number of samples
             in the batch (in a distributed run: over all processes), which under a mean loss is
-            the summed error of the 2019 release.
+            the summed error of the 2019 release. Under gradient accumulation each forward pass
+            has a batch of its own.
         training_method: `"dfa"`; `"bp"`, the same network with nothing cut; `"shallow"`, where only
             what follows the last feedback point learns. May be changed at any time.
         batch_dims: how many leading dimensions the output and the hidden activations share: 1 for
             (batch, feature), 2 for (batch, token, feature).
         feedback_device: where the matrix is kept, if not where the output is.
         generator: draws the matrix; without one the device's default generator does.
+        feedback_dtype: the matrix's floating-point type, whatever the model's: what is drawn is
+            rounded to it, and e B_i is computed in it. If None, the matrix is drawn in float32 or
+            wider, and follows the model in type.
 
     Attributes:
         layers: the feedback points, a tuple.
@@ -101,6 +110,7 @@ class DFA(nn.Module):
         batch_dims: int = 1,
         feedback_device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
+        feedback_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         layers = tuple(layers)
@@ -119,6 +129,10 @@ class DFA(nn.Module):
             raise ValueError(f"reduction must be one of {REDUCTIONS}, not {reduction!r}")
         if not isinstance(batch_dims, int) or batch_dims < 1:
             raise ValueError(f"batch_dims must be a positive integer, not {batch_dims!r}")
+        if feedback_dtype not in FEEDBACK_DTYPES:
+            raise ValueError(
+                f"feedback_dtype must be one of {FEEDBACK_DTYPES}, not {feedback_dtype!r}"
+            )
         self.training_method = training_method
         self.layers = layers  # a tuple, so that they are not registered a second time here
         for index, layer in enumerate(layers):
@@ -129,6 +143,7 @@ class DFA(nn.Module):
         self.batch_dims = batch_dims
         self.feedback_device = feedback_device
         self.generator = generator
+        self.feedback_dtype = feedback_dtype
         self.register_buffer("feedback_matrix", None)
         self._sizes: dict[int, int] = {}  # features at each point, as last seen
         self._pending: list[Tensor] = []  # what the forward pass under way has cut
@@ -145,9 +160,10 @@ class DFA(nn.Module):
         self._training_method = method
 
     def extra_repr(self) -> str:
+        dtype = "" if self.feedback_dtype is None else f", feedback_dtype={self.feedback_dtype}"
         return (
             f"{len(self.layers)} layers, normalization={self.normalization}, "
-            f"reduction={self.reduction!r}, training_method={self.training_method!r}"
+            f"reduction={self.reduction!r}, training_method={self.training_method!r}{dtype}"
         )
 
     def forward(self, output: Tensor) -> Tensor:
@@ -158,6 +174,8 @@ class DFA(nn.Module):
                 batch dimensions than the hidden activations.
             RuntimeError: no feedback point of this DFA was reached in this forward pass.
         """
+        if _recomputing():
+            return output
         self._forget_unfinished_pass()
         pending, self._pending, self._pass = self._pending, [], None
         if not self._sizes:
@@ -182,6 +200,8 @@ class DFA(nn.Module):
 
     def feedback(self, i: int) -> Tensor:
         """B_i as the i-th feedback point gets it, (output size, d_i), normalization included.
+
+        In the feedback matrix's type, on its device.
 
         Raises:
             RuntimeError: before the first forward pass, when the sizes are not known yet.
@@ -229,7 +249,7 @@ class DFA(nn.Module):
         self._sizes[index] = hidden.shape[self.batch_dims :].numel()
         if self.training_method == "bp" or not torch.is_grad_enabled():
             return hidden
-        if self.training_method == "dfa":
+        if self.training_method == "dfa" and not _recomputing():
             self._forget_unfinished_pass()
             self._pending.append(hidden)
         return hidden.detach()
@@ -275,7 +295,7 @@ class DFA(nn.Module):
         source = device if self.generator is None else self.generator.device
         dtype = torch.promote_types(output.dtype, torch.float32)
         matrix = torch.randn(rows, columns, generator=self.generator, device=source, dtype=dtype)
-        matrix = matrix.to(device)
+        matrix = matrix.to(device, self.feedback_dtype)
         if _processes() > 1:
             shared = matrix.to(output.device)  # where the process group can send it
             dist.broadcast(shared, src=0)
@@ -287,12 +307,19 @@ class DFA(nn.Module):
         return {**self.__dict__, "_pending": [], "_pass": None}
 
     def _apply(self, fn, recurse=True):
-        if self.feedback_device is None or self.feedback_matrix is None:
+        """Follows the model, but for what `feedback_device` and `feedback_dtype` fix."""
+        matrix = self.feedback_matrix
+        if matrix is not None and matrix.is_meta:
+            matrix = self.feedback_matrix = None  # holds no values: the next pass draws them
+        if matrix is None or (self.feedback_device is None and self.feedback_dtype is None):
             return super()._apply(fn, recurse)
-        # Follows the model in type, not to another device, not even for a moment.
-        matrix, self.feedback_matrix = self.feedback_matrix, None
+        # Not even for a moment on another device, or in a narrower type.
+        self.feedback_matrix = None
         super()._apply(fn, recurse)
-        self.feedback_matrix = matrix.to(fn(matrix[:0]).dtype)
+        follower = fn(matrix[:0])
+        self.feedback_matrix = matrix.to(
+            self.feedback_device or follower.device, self.feedback_dtype or follower.dtype
+        )
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
@@ -301,10 +328,12 @@ class DFA(nn.Module):
         if key not in state_dict:
             return
         if self.feedback_matrix is None:
-            matrix = state_dict[key]
-            device = matrix.device if self.feedback_device is None else self.feedback_device
-            self.feedback_matrix = torch.empty_like(matrix, device=device)
+            self.feedback_matrix = torch.empty_like(
+                state_dict[key], device=self.feedback_device, dtype=self.feedback_dtype
+            )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        # With assign=True, it has come as it was in the checkpoint.
+        self.feedback_matrix = self.feedback_matrix.to(self.feedback_device, self.feedback_dtype)
 
 
 class _Feedback(torch.autograd.Function):
@@ -313,7 +342,7 @@ class _Feedback(torch.autograd.Function):
     @staticmethod
     def forward(ctx, dfa: DFA, output: Tensor, *hidden: Tensor) -> Tensor:
         ctx.dfa, ctx.shapes = dfa, [h.shape for h in hidden]
-        return output.view_as(output)
+        return output.detach()  # shares memory, but is no view: those cannot be changed in place
 
     @staticmethod
     def backward(ctx, error: Tensor):
@@ -322,6 +351,14 @@ class _Feedback(torch.autograd.Function):
 
 def _processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _recomputing() -> bool:
+    """Whether this call, made inside a backward pass, is activation checkpointing's second one.
+
+    The graph of the first one is what the error goes to: the second must not add to it.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _outermost_module_call() -> FrameType | None:

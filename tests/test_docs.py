@@ -1,4 +1,4 @@
-"""The code in the documentation runs as written, and so does the example."""
+"""The code in the documentation runs as written, and so do the examples."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-WITH_CODE = ["README.md", "own-network.md"]
+WITH_CODE = ["README.md", "own-network.md", "scaling.md"]
 
 
 def program(page: Path) -> str:
@@ -89,3 +89,38 @@ def test_no_gradient_gets_past_the_points_of_the_example(example, method, learni
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert {name.split(".")[0] for name in grads} == learning
     assert all(gradient.abs().max() > 0 for gradient in grads.values())
+
+
+LARGE = ROOT / "examples" / "large_network.py"
+
+
+def losses_of_large_network(*command):
+    """Of each epoch of a small one, from the command without its settings."""
+    small = "--width 32 --depth 2 --batch-size 500 --epochs 3 --learning-rate 0.01 --bf16"
+    run = subprocess.run(
+        [sys.executable, *command, *small.split()],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    epochs, memory, accuracy = re.fullmatch(
+        r"((?:epoch \d: loss .+ s\n)+)(memory of each of \d .+ MB)\ntest accuracy (.+) %\n",
+        run.stdout,
+    ).groups()
+    assert float(accuracy) > 20 and int(memory.split()[-2]) > 100
+    return [float(line.split()[3].rstrip(",")) for line in epochs.splitlines()]
+
+
+def test_two_processes_train_a_large_network_as_one_does():
+    torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
+    two = losses_of_large_network(*torchrun, str(LARGE), "--recompute")
+    one = losses_of_large_network(str(LARGE), "--engine", "ddp")
+    assert len(two) == 3 and two[0] > two[1] > two[2]
+    assert two == pytest.approx(one, rel=0.02)
+
+
+def test_a_batch_that_cannot_be_shared_out(start):
+    main = runpy.run_path(str(LARGE))["main"]
+    code, _, err = start(main, "--batch-size", 5)
+    assert code == 2 and "--batch-size: a multiple of --accumulation times" in err

@@ -1,20 +1,15 @@
-"""DFA under torch.compile, DistributedDataParallel, autocast and CUDA."""
+"""DFA under torch.compile, activation checkpointing, autocast and CUDA."""
 
 import copy
-from pathlib import Path
+import weakref
 
 import pytest
 import torch
-import torch.distributed as dist
-
-# DistributedDataParallel imports this too, but later: its default arguments would take hold of the
-# process group. Its threads would outlive its destruction and can abort the interpreter at its end.
-import torch.distributed.nn.functional
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from dfatools import DFA, DFALayer, dfa_from_bp
+from dfatools import DFA, DFALayer, dfa_from_bp, measure_alignment
 
 
 def fc(**options):
@@ -51,9 +46,11 @@ def batch(build=fc, dtype=torch.float64):
     return torch.randn(8, *SHAPES[build], generator=generator, dtype=dtype), torch.arange(8) % 4
 
 
-def gradients(model, x, y):
+def gradients(run, x, y, model=None):
+    """Of the model, which is `run` itself or is run by it."""
+    model = model or run
     model.zero_grad()
-    F.cross_entropy(model(x), y).backward()
+    F.cross_entropy(run(x), y).backward()
     return [p.grad.clone() for p in model.parameters()]
 
 
@@ -102,31 +99,61 @@ def test_a_compiled_recurrence():
     assert_close(gradients(compiled, x, y), gradients(model, x, y), 1e-12)
 
 
-def _train_distributed(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/init", rank=rank, world_size=2)
-    x, y = (tensor.chunk(2)[rank] for tensor in batch())
-    for reduction in ("mean", "sum"):
-        model = fc(reduction=reduction).double()
-        torch.manual_seed(rank)  # each process would draw another matrix
-        found = gradients(DistributedDataParallel(model), x, y)
-        torch.save((found, model.state_dict()), folder / f"{reduction}-{rank}.pt")
-    dist.destroy_process_group()
-    threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]  # on Linux
-    assert not any("gloo" in name for name in threads), threads
+def in_parts(model, x):
+    """Two parts are computed again, with their feedback points."""
+    x = checkpoint(model[:3], x, use_reentrant=False)
+    return model[6:](checkpoint(model[3:6], x, use_reentrant=False))
 
 
-def test_two_processes_give_the_gradients_of_the_whole_batch(tmp_path):
-    torch.multiprocessing.spawn(_train_distributed, (tmp_path,), nprocs=2)
-    for reduction in ("mean", "sum"):
-        for rank in range(2):
-            found, state = torch.load(tmp_path / f"{reduction}-{rank}.pt")
-            model = fc(reduction=reduction).double()
-            model.load_state_dict(state)
-            if rank == 0:
-                first = state["dfa.feedback_matrix"]
-            assert torch.equal(state["dfa.feedback_matrix"], first)
-            assert_close(found, gradients(model, *batch()), 1e-12)
+def as_a_whole(model, x):
+    """The DFA is computed again, too: something behind it is."""
+    return checkpoint(lambda x: model(x).log_softmax(1), x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("run", [in_parts, as_a_whole])
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_activation_checkpointing_has_the_same_gradients(run, early_stop):
+    model = fc().double()
+    x, y = batch()
+    expected = gradients(model, x, y)
+    with set_checkpoint_early_stop(early_stop):
+        for _ in range(2):
+            assert_close(gradients(lambda x: run(model, x), x, y, model), expected, 1e-15)
+
+
+def test_activation_checkpointing_keeps_no_activation():
+    model = fc()
+    x, y = batch(dtype=torch.float32)
+    seen = []
+    model[1].register_forward_hook(lambda _, __, hidden: seen.append(weakref.ref(hidden)))
+    with set_checkpoint_early_stop(False):  # it would end each second pass before the hook
+        F.cross_entropy(in_parts(model, x), y).backward()
+    assert len(seen) == 2 and not any(hidden() is not None for hidden in seen)
+
+
+def test_activation_checkpointing_in_a_compiled_model():
+    torch.compiler.reset()
+    model = fc().double()
+    x, y = batch()
+    expected = gradients(model, x, y)
+
+    def run(x):
+        x = model[2](checkpoint(model[:2], x, use_reentrant=False))
+        return model[5:](checkpoint(model[3:5], x, use_reentrant=False))
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert_close(gradients(compiled, x, y, model), expected, 1e-12)
+
+
+def test_alignment_with_activation_checkpointing():
+    model = fc().double()
+    x, y = batch()
+    expected = measure_alignment(model, x, y, F.cross_entropy)
+    model.forward = lambda x: in_parts(model, x)
+    found = measure_alignment(model, x, y, F.cross_entropy)
+    assert list(found) == list(expected)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-14)
 
 
 def test_a_step_in_mixed_precision():

@@ -299,6 +299,105 @@ def test_the_matrix_stays_on_its_own_device():
     assert torch.equal(model[-1].feedback_matrix, matrix)
 
 
+def test_a_matrix_without_values_is_drawn_anew():
+    with torch.device("meta"):
+        model = fc(dtype=torch.float32)
+        model(torch.randn(8, 7))
+    assert model[-1].feedback_matrix.is_meta
+    model.to_empty(device="cpu")
+    for layer in model[:-1:3]:
+        layer.reset_parameters()
+    torch.manual_seed(5)
+    model(batch(dtype=torch.float32)[0])
+    torch.manual_seed(5)
+    assert torch.equal(model[-1].feedback_matrix, torch.randn(4, 9))
+
+
+# A feedback matrix of another type than the model's
+
+TYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+
+
+def own_type(dtype, seed=3, **options):
+    generator = torch.Generator().manual_seed(seed)
+    return fc(dtype=torch.float32, feedback_dtype=dtype, generator=generator, **options)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_matrix_of_its_own_type(dtype, reduction):
+    model = own_type(dtype, reduction=reduction)
+    x, y = batch(dtype=torch.float32)
+    got = gradients(model, x, y)
+    drawn = torch.randn(4, 9, generator=torch.Generator().manual_seed(3))
+    matrix = model[-1].feedback_matrix
+    assert matrix.dtype == dtype and torch.equal(matrix, drawn.to(dtype))
+    for i, size in enumerate(WIDTHS[1:-1]):
+        assert torch.equal(model[-1].feedback(i), matrix[:, :size] * (1 / math.sqrt(size * 4)))
+
+    model.zero_grad()
+    hidden = [x]
+    for i in (0, 3, 6):
+        hidden.append(model[i + 1](model[i](hidden[-1].detach())))
+    output = model[-2](hidden[-1].detach())
+    error = torch.from_numpy(softmax_error(output.detach().numpy(), y.numpy()))
+    signals = []
+    for h in hidden[1:]:
+        scale = (8 if reduction == "sum" else 1) / math.sqrt(h.shape[1] * 4)
+        signal = (error.to(dtype) @ matrix)[:, : h.shape[1]] * scale
+        assert signal.dtype == dtype
+        signals.append(signal.to(h.dtype))
+    torch.autograd.backward([*hidden[1:], output], [*signals, error])
+    assert_close(got, [p.grad for p in model.parameters()], 1e-6)
+    assert {gradient.dtype for gradient in got} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", TYPES[:2])
+def test_a_rounded_matrix_gives_nearly_the_same_gradients(dtype):
+    x, y = batch(dtype=torch.float32)
+    whole, rounded = (gradients(own_type(t), x, y) for t in (torch.float32, dtype))
+    for a, b in zip(whole[:-2], rounded):
+        assert 0 < (a - b).norm() < 2 * torch.finfo(dtype).eps * a.norm()
+    assert_same(whole[-2:], rounded[-2:])  # the output layer has no feedback
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_the_type_is_kept(dtype):
+    model = own_type(dtype)
+    model(batch(dtype=torch.float32)[0])
+    matrix = model[-1].feedback_matrix.clone()
+    for change in (nn.Module.bfloat16, nn.Module.double, nn.Module.half, nn.Module.float):
+        change(model)
+        assert model[-1].feedback_matrix.dtype == dtype
+        assert torch.equal(model[-1].feedback_matrix, matrix)
+    assert torch.equal(copy.deepcopy(model)[-1].feedback_matrix, matrix)
+    model.to("meta")
+    assert model[-1].feedback_matrix.is_meta and model[-1].feedback_matrix.dtype == dtype
+
+
+@pytest.mark.parametrize("used", [False, True], ids=["into-fresh", "into-used"])
+@pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
+@pytest.mark.parametrize("saved", TYPES[::2])
+@pytest.mark.parametrize("dtype", TYPES[::2])
+def test_a_state_dict_of_another_type(dtype, saved, assign, used):
+    model, source = own_type(dtype), own_type(saved, seed=4)
+    x, y = batch(dtype=torch.float32)
+    source(x)
+    if used:
+        model(x)
+    model.load_state_dict(source.state_dict(), assign=assign)
+    matrix = model[-1].feedback_matrix
+    assert matrix.dtype == dtype
+    assert torch.equal(matrix, source[-1].feedback_matrix.to(dtype))
+    gradients(model, x, y)
+    assert torch.equal(model[-1].feedback_matrix, matrix)
+
+
+def test_the_type_is_shown():
+    assert "feedback_dtype" not in repr(fc())
+    assert "feedback_dtype=torch.bfloat16" in repr(own_type(torch.bfloat16))
+
+
 # Modules of one's own, and plain code
 
 
@@ -420,6 +519,16 @@ def test_a_finished_pass_keeps_no_activation_alive():
     model[1].register_forward_hook(lambda _, __, hidden: seen.append(weakref.ref(hidden)))
     gradients(model, x, y)
     assert len(seen) == 1 and seen[0]() is None
+
+
+def test_the_output_may_be_changed_in_place():
+    model = fc()
+    x, y = batch()
+    expected = gradients(model, x, y)
+    model.zero_grad()
+    output = model(x).mul_(2)
+    F.cross_entropy(output / 2, y).backward()
+    assert_close([p.grad for p in model.parameters()], expected, 1e-15)
 
 
 def test_encoder_and_head_called_from_plain_code():
@@ -564,6 +673,9 @@ def test_bad_layers(layers, error, message):
     ("training_method", "backprop"),
     ("batch_dims", 0),
     ("batch_dims", 1.0),
+    ("feedback_dtype", torch.int8),
+    ("feedback_dtype", torch.complex64),
+    ("feedback_dtype", "bfloat16"),
 ])  # fmt: skip
 def test_bad_options_leave_the_layer_free(option, value):
     layer = DFALayer()
