@@ -18,7 +18,8 @@ test: $(VENV)/installed-tests
 	$(VENV)/bin/python -m pytest -q tests
 
 soak: $(VENV)/installed-tests
-	DFA_SOAK=15 $(VENV)/bin/python -m pytest -q -rP tests/test_kills.py tests/test_fuzz.py
+	DFA_SOAK=15 $(VENV)/bin/python -m pytest -q -rP tests/test_kills.py tests/test_processes.py \
+		tests/test_fuzz.py
 
 lint: $(VENV)/installed-tests
 	$(VENV)/bin/python -m ruff check .

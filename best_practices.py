@@ -4,6 +4,7 @@
     python best_practices.py --experiments fc-tanh --seeds 0    one run
     python best_practices.py --dataset Digits --epochs 5        no data set needed
     python best_practices.py --tables-only                      tables, figures of what is there
+    torchrun --nproc_per_node=8 best_practices.py               the runs spread over 8 GPUs
 
 Results go to results/best_practices/<experiment>/seed-<n>/, the tables, the figures and report.html
 to results/best_practices/. What is finished is not run again; what was interrupted goes on where it

@@ -4,6 +4,7 @@
     python bottleneck.py --sizes 118 --init std       one run
     python bottleneck.py --kind width                 a really narrow layer instead
     python bottleneck.py --tables-only                table and figures of what is there
+    torchrun --nproc_per_node=8 bottleneck.py         the runs spread over 8 GPUs
 
 Results go to results/bottleneck/<experiment>/seed-<n>/, the table, the figures and report.html to
 results/bottleneck/. What is finished is not run again; what was interrupted goes on.

@@ -7,6 +7,7 @@ training.py     the arithmetic of one run: steps, evaluation, alignment
 capture.py      its steps as a CUDA graph
 runs.py         one run on disk, from its start to its end
 sweep.py        the scripts' options, and many runs, one after another or side by side
+processes.py    the processes that torchrun spreads them over
 progress.py     what is shown meanwhile
 board.py        the same for TensorBoard
 results.py      the folder of one run

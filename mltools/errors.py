@@ -1,7 +1,12 @@
 """What goes wrong, told in one line."""
 
 import sys
+import time
 from collections.abc import Callable
+
+from mltools import processes
+
+OTHERS_WAIT = 5.0  # seconds
 
 
 class UserError(Exception):
@@ -26,18 +31,21 @@ def exit_code(main: Callable[[], None]) -> int:
     """
     try:
         main()
+        return 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        code, message = 2, f"error: {error}"
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on where this one stopped", file=sys.stderr)
-        return 130
+        code, message = 130, "interrupted: the same command goes on where this one stopped"
     except OSError as error:
         where = error.filename2 or error.filename
-        print(
-            f"error: {f'{where}: ' if where else ''}{one_line(error)}; once that is mended, the "
-            "same command goes on after the last epoch",
-            file=sys.stderr,
+        what = f"{where}: {one_line(error)}" if where else one_line(error)
+        message = (
+            f"error: {what}; once that is mended, the same command goes on after the last epoch"
         )
-        return 1
-    return 0
+        code = 1
+    if processes.rank() > 0:  # most often, rank 0 has the same to say
+        if code == 130:
+            return code
+        time.sleep(OTHERS_WAIT)  # in which torchrun ends this process, if rank 0 has failed
+    print(message, file=sys.stderr)
+    return code

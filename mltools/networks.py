@@ -76,6 +76,19 @@ class Network:
             model.eval()(torch.zeros(1, *input_shape))
         return model.train()
 
+    def multiply_adds(self, input_shape: tuple[int, int, int], classes: int) -> int:
+        """Of a forward pass on one image; how long training takes goes by this.
+
+        Args, and what it raises: as of `build`.
+        """
+        x, count = torch.zeros(1, *input_shape), 0
+        with torch.no_grad():
+            for layer in self.build(input_shape, classes).eval():
+                x = layer(x)
+                if isinstance(layer, (nn.Linear, nn.Conv2d)):
+                    count += layer.weight.numel() * x[0, 0].numel()
+        return count
+
     def _missed(self, blocks: list[dict]) -> int | None:
         """The block in front of which the release had no feedback point."""
         if self.architecture == "cnn":

@@ -1,9 +1,14 @@
 """What a sweep shows while it runs: two bars on a terminal, plain lines elsewhere."""
 
+import json
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from tqdm import tqdm
 
+from mltools import processes
 from mltools.logs import epoch_lines
 
 
@@ -55,6 +60,55 @@ class Progress:
 
     def run_ended(self) -> None:
         self._runs.update()
+
+
+class Relayed(Progress):
+    """Has rank 0 show how the runs of this process go on."""
+
+    def __init__(self) -> None:
+        pass
+
+    def line(self, text: str) -> None:
+        processes.send(json.dumps(["line", text]))
+
+    def epoch_ended(self, run: str, epochs: int, metrics: dict) -> None:
+        processes.send(json.dumps(["epoch_ended", run, epochs, metrics]))
+
+    def run_ended(self) -> None:
+        processes.send(json.dumps(["run_ended"]))
+
+
+@contextmanager
+def progress_of_all(runs: int, epochs: int, quiet: bool) -> Iterator[Progress]:
+    """What the runs of this process report to: rank 0 shows the progress of all processes.
+
+    Args: as of `Progress`.
+    """
+    if processes.rank() > 0:
+        yield Relayed()
+        return
+    with Progress(runs, epochs, quiet) as progress:
+        if not processes.launched():
+            yield progress
+            return
+        ended = threading.Event()
+
+        def show() -> None:
+            last = False
+            with suppress(ConnectionError):  # torchrun is gone, which ends the runs too
+                while not last:
+                    last = ended.wait(0.2)
+                    for message in processes.receive():
+                        method, *arguments = json.loads(message)
+                        getattr(progress, method)(*arguments)
+
+        thread = threading.Thread(target=show)
+        thread.start()
+        try:
+            yield Relayed()
+        finally:
+            ended.set()
+            thread.join()
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -11,15 +11,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 
+from mltools import processes
 from mltools.board import Board, check_installed
-from mltools.data import DATASETS, load
+from mltools.data import DATASETS, DataSet, load
 from mltools.errors import UserError
 from mltools.networks import PLACEMENTS
-from mltools.progress import Progress
+from mltools.progress import progress_of_all
 from mltools.results import RunFolder
 from mltools.runs import train
 from mltools.training import PRECISIONS, Experiment
@@ -51,6 +52,14 @@ class Options:
         if self.parallel_runs is None:
             return PARALLEL_ON_CUDA if self.device.startswith("cuda") else 1
         return self.parallel_runs
+
+
+class Job(NamedTuple):
+    """A run that is not finished."""
+
+    experiment: Experiment
+    folder: RunFolder
+    settings: dict
 
 
 def parse(
@@ -102,7 +111,7 @@ def parse(
     option("seeds", "the seeds to run each row with", nargs="+", type=int, metavar="N")
     option("epochs", "how long to train", type=int, metavar="N")
     option("batch_size", "samples in a training step", type=int, metavar="N")
-    option("device", "cpu, cuda or cuda:N")
+    option("device", "cpu, cuda or cuda:N; under torchrun, cuda is another GPU for each process")
     option(
         "feedback_placement",
         "every-layer: a feedback point before every weight layer but the first, which is DFA "
@@ -133,6 +142,8 @@ def parse(
     switch("list", "list the rows and exit")
     more_options(parser)
     arguments = parser.parse_args()
+    if (arguments.list or arguments.tables_only) and processes.rank() > 0:
+        sys.exit()  # what is left to do, rank 0 does
     rows = experiments(arguments)
     known = {experiment.name: experiment for experiment in rows}
     if arguments.list:
@@ -142,7 +153,9 @@ def parse(
         if name not in known:
             raise UserError(f"no experiment is called {name!r}; there are: {', '.join(known)}")
     values = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Options)}
-    options = Options(**{**values, "seeds": tuple(arguments.seeds)})
+    values["seeds"] = tuple(arguments.seeds)
+    values["device"] = processes.own_device(arguments.device)
+    options = Options(**values)
     if options.epochs < 1 or options.batch_size < 2:
         raise UserError("--epochs must be at least 1 and --batch-size at least 2")
     in_range = all(0 <= seed < 2**63 for seed in options.seeds)
@@ -162,7 +175,8 @@ def run(script: str, experiments: Sequence[Experiment], options: Options) -> Non
     """Runs every experiment with every seed, those aside that are finished already.
 
     Seed by seed: so the table is whole early, and where several runs go on at once, small networks
-    fill the gaps that large ones leave.
+    fill the gaps that large ones leave. Processes that torchrun has started share the runs, the
+    longest first, so that all have work to the end; then rank 0 returns, and the others exit.
 
     Ctrl-C, or a request to terminate, lets each run end its batch and write a checkpoint; a second
     one ends the process at once, and costs no more than the epoch under way.
@@ -171,43 +185,57 @@ def run(script: str, experiments: Sequence[Experiment], options: Options) -> Non
         UserError: before any training, if the data or a run's folder is not as it must be.
         KeyboardInterrupt: it was interrupted, and all runs have ended.
     """
-    device = torch.device(options.device)
     _set_arithmetic(options)
-    todo, aside = [], []
-    for seed in options.seeds:
-        for experiment in experiments:
-            folder = folder_of(script, experiment.name, seed, options)
-            settings = settings_of(experiment, seed, options)
-            try:
-                folder.check(settings)
-                if folder.complete():
-                    continue
-            except UserError:
-                if not options.force:
-                    raise
-                aside.append(folder)
-            todo.append((experiment, folder, settings))
-    if not todo:
-        return
-    data = load(options.dataset, options.data_dir)
-    for network in {experiment.network for experiment, _, _ in todo}:
-        network.build(data.input_shape, data.classes)  # says now if the images do not fit
-    for folder in aside:
-        print(f"{folder.path} set aside as {folder.set_aside()}")
+    todo: list[Job] = []
+    aside = []
+    with processes.rank_zero_first():
+        for seed in options.seeds:
+            for experiment in experiments:
+                folder = folder_of(script, experiment.name, seed, options)
+                settings = settings_of(experiment, seed, options)
+                try:
+                    folder.check(settings)
+                    if folder.complete():
+                        continue
+                except UserError:
+                    if not options.force:
+                        raise
+                    aside.append(folder)
+                todo.append(Job(experiment, folder, settings))
+        if todo:
+            data = load(options.dataset, options.data_dir)
+            cost = {
+                network: network.multiply_adds(data.input_shape, data.classes)
+                for network in {job.experiment.network for job in todo}
+            }  # says now if the images do not fit
+            if processes.rank() == 0:
+                for folder in aside:
+                    print(f"{folder.path} set aside as {folder.set_aside()}")
+            if processes.launched():
+                todo.sort(key=lambda job: -cost[job.experiment.network])
+    if todo:
+        _train(todo, data, options)
+    if processes.rank() > 0:
+        sys.exit()
+
+
+def _train(todo: Sequence[Job], data: DataSet, options: Options) -> None:
+    """Trains the runs that this process takes, and waits for those that others have taken."""
+    device = torch.device(options.device)
     for part in (data.train, data.test):
         part.resident(device)  # once, before runs share it
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    epochs = sum(options.epochs - len(folder.metrics()) for _, folder, _ in todo)
+    epochs = sum(options.epochs - len(job.folder.metrics()) for job in todo)
     stop = threading.Event()
 
-    with Progress(len(todo), epochs, options.quiet) as progress:
+    with progress_of_all(len(todo), epochs, options.quiet) as progress:
 
         def one(experiment: Experiment, folder: RunFolder, settings: dict) -> None:
-            if stop.is_set():
-                return
             name = f"{experiment.name} seed {settings['seed']}"
             try:
+                if stop.is_set() or not processes.take(name):
+                    return
                 with _board(folder, options) as board:
 
                     def epoch_ended(metrics: dict) -> None:
@@ -233,6 +261,8 @@ def run(script: str, experiments: Sequence[Experiment], options: Options) -> Non
                     futures = [pool.submit(one, *job) for job in todo]
                 for future in futures:
                     future.result()
+            for job in todo:
+                processes.wait(job.folder.complete, stop)
     if stop.is_set():
         raise KeyboardInterrupt
 
@@ -276,6 +306,10 @@ def _set_arithmetic(options: Options) -> None:
     precision = "tf32" if options.precision == "tf32" else "ieee"
     torch.backends.cuda.matmul.fp32_precision = precision
     torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]  # set at import
+    if processes.launched() and options.device == "cpu":
+        torch.set_num_threads(processes.own_threads())
+    elif processes.launched():
+        torch.cuda.set_device(options.device)  # what does not name one shall not take the first
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if options.deterministic != torch.are_deterministic_algorithms_enabled():
@@ -333,8 +367,10 @@ def _check_device(name: str) -> None:
     if device is None or device.type not in ("cpu", "cuda"):
         raise UserError(f"--device must be cpu, cuda or cuda:N, not {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        remedy = "; have torchrun start one process for each" if processes.launched() else ""
         raise UserError(
             f"--device {name} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices"
+            f"{remedy}"
         )
 
 
@@ -343,7 +379,7 @@ def _check_writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # on another machine a process may have the same number
     except OSError as error:
         raise UserError(
             f"results cannot be written to {folder} ({error.strerror}): "

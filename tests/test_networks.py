@@ -211,6 +211,14 @@ def test_images_too_small_for_the_poolings_are_one_line_that_names_the_size(shap
     assert "\n" not in str(caught.value)
 
 
+def test_multiply_adds_are_weights_times_positions():
+    first, rest = 3072 * 800, 2 * 800 * 800 + 800 * 10
+    assert Network("fc", batchnorm=True).multiply_adds((3, 32, 32), 10) == first + rest
+    assert Network(bottleneck=0.1).multiply_adds((3, 32, 32), 10) == first + rest
+    convolutions = 25 * (32**2 * 3 * 32 + 15**2 * 32 * 64 + 7**2 * 64 * 64)
+    assert Network("cnn").multiply_adds((3, 32, 32), 10) == convolutions + 576 * 128 + 128 * 10
+
+
 def test_weights_are_pytorchs_defaults_and_the_feedback_is_drawn_after_them():
     torch.manual_seed(3)
     model = replace(FC, batchnorm=True, dropout_fc=0.5).build((1, 6, 5), 4)
