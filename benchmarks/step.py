@@ -10,15 +10,7 @@ machine does slows both.
 `DFA / BP` is the median of the ratio over pairs of neighbouring steps, with its quartiles behind;
 `allowed` is the ratio of multiply-adds in matrix products, which leaves out everything else.
 
-On 2 CPU cores of an AMD EPYC, PyTorch 2.13.0, 2 threads, medians of three or four quiet runs (60
-steps for `cnn`, 100 for the others):
-
-    network     BP ms   DFA ms DFA / BP  allowed
-    fc           14.0     12.6     0.90    0.854
-    cnn          69.8     62.6     0.89    0.698
-    deep         34.3     26.9     0.79    0.741
-
-In the CNN, max-pooling and Tanh, which both methods need, take about half of the time.
+docs/performance.md has what was measured.
 """
 
 import argparse
