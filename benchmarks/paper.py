@@ -6,8 +6,9 @@
 
 The rows of best_practices.py (without those of backpropagation, and these for themselves) and of
 bottleneck.py are run as the scripts run them, on random images, twice: for one epoch, and for some
-more. The difference is the time of an epoch, the rest that of setting up. From both follows the
-time of 50 epochs of all runs: 10 seeds of each row of the first script, 14 sizes with each
+more. The difference is the time of an epoch, the rest that of setting up. (What a process sets up
+once, a run before them does, and is counted once.) From both follows the time of 50 epochs of all
+runs: 10 seeds of each row of the first script, 14 sizes with each
 initialisation of the second, of which SIZES are run here. There are at least twice as many runs as
 go on at once, so that what an epoch costs beside others is measured too. `bound` is the number of
 multiply-adds in the training steps' matrix products and convolutions, at the rate of one large
@@ -53,19 +54,22 @@ GROUPS: list[tuple[str, list[Experiment], float]] = [
 ]
 
 
+def train(rows: Sequence[Experiment], options: sweep.Options) -> float:
+    """Seconds of a sweep, whose results are thrown away."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = partial(sweep.run, "paper", rows, replace(options, results_dir=Path(folder)))
+        return seconds(run, torch.device(options.device))
+
+
 def measure(
     rows: Sequence[Experiment], options: sweep.Options, epochs: int
 ) -> tuple[float, float, int]:
     """Seconds for setting up and for an epoch, of how many runs together."""
     seeds = range(-(-2 * options.at_once() // len(rows)) if options.at_once() > 1 else 1)
-    times = []
-    for length in (1, 1 + epochs):
-        with tempfile.TemporaryDirectory() as folder:
-            some = replace(options, results_dir=Path(folder), epochs=length, seeds=tuple(seeds))
-            run = partial(sweep.run, "paper", rows, some)
-            times.append(seconds(run, torch.device(options.device)))
-    epoch = (times[1] - times[0]) / epochs
-    return times[0] - epoch, epoch, len(rows) * len(seeds)
+    options = replace(options, seeds=tuple(seeds))
+    short, long = (train(rows, replace(options, epochs=length)) for length in (1, 1 + epochs))
+    epoch = (long - short) / epochs
+    return short - epoch, epoch, len(rows) * len(seeds)
 
 
 def multiply_adds(row: Experiment, data: DataSet, device: torch.device) -> int:
@@ -101,8 +105,10 @@ def main() -> None:
         options = replace(options, data_dir=Path(folder))
         data = sweep.load(options.dataset, options.data_dir)
         rate = rate_of_a_large_product(device)
+        first = next(row for _, rows, _ in GROUPS for row in rows if row.name in args.experiments)
+        paper = train([first], replace(options, seeds=(0,), epochs=1))
+        print(f"{paper:.1f} seconds for the first run, of one epoch")
         print(f"{'':18} {'runs':>5} {'set-up s':>9} {'epoch s':>9} {'minutes':>9} {'bound':>9}")
-        paper = 0.0
         for title, rows, stands_for in GROUPS:
             rows = [row for row in rows if row.name in args.experiments]
             if not rows:
