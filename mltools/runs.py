@@ -190,9 +190,10 @@ def _stream(device: torch.device) -> AbstractContextManager:
     """On CUDA a stream of the thread's own, so that the runs of other threads go on beside it."""
     if device.type != "cuda":
         return nullcontext()
-    if not hasattr(_thread, "stream"):  # not one per run: the device's queues are few
-        _thread.stream = torch.cuda.Stream(device)
-    return torch.cuda.stream(_thread.stream)
+    streams = vars(_thread)  # not one per run: the device's queues are few
+    if str(device) not in streams:
+        streams[str(device)] = torch.cuda.Stream(device)
+    return torch.cuda.stream(streams[str(device)])
 
 
 def environment(device: torch.device) -> dict:
