@@ -8,11 +8,11 @@ The rows of best_practices.py (without those of backpropagation, and these for t
 bottleneck.py are run as the scripts run them, on random images, twice: for one epoch, and for some
 more. The difference is the time of an epoch, the rest that of setting up. (What a process sets up
 once, a run before them does, and is counted once.) From both follows the time of 50 epochs of all
-runs: 10 seeds of each row of the first script, 14 sizes with each
-initialisation of the second, of which SIZES are run here. There are at least twice as many runs as
-go on at once, so that what an epoch costs beside others is measured too. `bound` is the number of
-multiply-adds in the training steps' matrix products and convolutions, at the rate of one large
-matrix product in the same process.
+runs: 10 seeds of each row of the first script, 14 sizes with each initialisation of the second, of
+which SIZES are run here. Where several runs go on at once, there are at least twice as many, so
+that what an epoch costs beside others is measured too. `bound` is the number of multiply-adds in
+the training steps' matrix products and convolutions, at the rate of one large matrix product in the
+same process.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def train(rows: Sequence[Experiment], options: sweep.Options) -> float:
 def measure(
     rows: Sequence[Experiment], options: sweep.Options, epochs: int
 ) -> tuple[float, float, int]:
-    """Seconds for setting up and for an epoch, of how many runs together."""
+    """Seconds for setting up and for an epoch, of all runs together, and how many these are."""
     seeds = range(-(-2 * options.at_once() // len(rows)) if options.at_once() > 1 else 1)
     options = replace(options, seeds=tuple(seeds))
     short, long = (train(rows, replace(options, epochs=length)) for length in (1, 1 + epochs))

@@ -7,9 +7,9 @@ The measurement runs best_practices.py on the embedded digits under torchrun, wi
 with two, that share this machine's cores; their ratio says what the shared queue costs.
 
 The simulation is of the whole paper: best_practices.py, then bottleneck.py. A run is so many
-seconds of a busy GPU (RUNS, measured with benchmarks/paper.py), and takes longer where too few
-others fill the GPU beside it (SPEED, measured as well). Every process has one GPU and AT_ONCE
-threads, which take the longest run that is left.
+seconds of a busy GPU (RUNS, measured), and takes longer where too few others fill the GPU beside it
+(SPEED, measured as well). Every process has one GPU and AT_ONCE threads, which take the longest run
+that is left.
 
     seconds    until the last run has ended
     / bound    the same over the lower bound, max(longest run by itself, all work / GPUs)
@@ -37,7 +37,7 @@ from harness import machine
 import best_practices
 import bottleneck
 
-# Seconds of an H200 for a run of 50 epochs, set-up included, eight at once.
+# Seconds of a GPU for a run of 50 epochs, set-up included, eight at once; see docs/scaling.md.
 RUNS = {"fc": 3.5, "cnn": 9.8, "bottleneck": 3.8}
 # How much of a GPU's work gets done with so many runs at once, for the fully connected network.
 SPEED = {1: 0.43, 2: 0.55, 4: 0.81, 8: 1.0}
@@ -129,7 +129,7 @@ def paper(seeds: int) -> tuple[list[float], list[float]]:
 
 
 def by_nodes(work: Sequence[float], gpus: int) -> float:
-    """The longest of the nodes' times, each with every so-manieth run."""
+    """The longest of the nodes' times; runs are dealt out to them in turn."""
     nodes = gpus // NODE
     shares = [work[node::nodes] for node in range(nodes)]
     return max(makespan(share, NODE, DEATHS, i)[0] for i, share in enumerate(shares) if share)
@@ -139,7 +139,7 @@ def simulate(seeds: int) -> None:
     sweeps = paper(seeds)
     work = [run for sweep in sweeps for run in sweep]
     print(
-        f"simulated: {len(work)} runs, {sum(work):.0f} seconds of an H200; of a run of fc "
+        f"simulated: {len(work)} runs, {sum(work):.0f} seconds of a GPU; of a run of fc "
         f"{RUNS['fc']}, cnn {RUNS['cnn']}, bottleneck {RUNS['bottleneck']}"
     )
     print(f"{'GPUs':>5} {'seconds':>8} {'/ bound':>8} {'idle':>6} {'killed':>8} {'by nodes':>9}")

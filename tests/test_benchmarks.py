@@ -71,7 +71,7 @@ def test_killed_processes_cost_restarts_and_at_most_an_epoch_of_each_run():
     for seed in range(5):
         total, stalled = makespan(work, 2, deaths=1 / 1000, seed=seed)
         restarts = stalled / 15
-        assert restarts >= 0 and quiet <= total - stalled + 1e-9
+        assert quiet <= total - stalled + 1e-9
         assert total - stalled <= quiet + math.ceil(restarts) * 8 * 60 / EPOCHS + 1e-6
     assert any(makespan(work, 2, 1 / 1000, seed)[1] > 0 for seed in range(5))
 
