@@ -342,11 +342,23 @@ class _Feedback(torch.autograd.Function):
     @staticmethod
     def forward(ctx, dfa: DFA, output: Tensor, *hidden: Tensor) -> Tensor:
         ctx.dfa, ctx.shapes = dfa, [h.shape for h in hidden]
+        ctx.formats = [_memory_format(h) for h in hidden]
         return output.detach()  # shares memory, but is no view: those cannot be changed in place
 
     @staticmethod
     def backward(ctx, error: Tensor):
-        return None, error, *ctx.dfa.signals(error, ctx.shapes)
+        signals = zip(ctx.dfa.signals(error, ctx.shapes), ctx.formats)
+        # Laid out as the activations, or the blocks' own backward passes would be slow.
+        return None, error, *(signal.contiguous(memory_format=format) for signal, format in signals)
+
+
+def _memory_format(images: Tensor) -> torch.memory_format:
+    if images.is_contiguous():
+        return torch.contiguous_format
+    for dims, format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if images.dim() == dims and images.is_contiguous(memory_format=format):
+            return format
+    return torch.contiguous_format
 
 
 def _processes() -> int:

@@ -146,6 +146,28 @@ def test_gradients_of_a_convolutional_network(reduction):
     assert_close(got, [p.grad for p in model.parameters()])
 
 
+@pytest.mark.parametrize(
+    "shape, format",
+    [
+        ((4, 3, 5, 6), torch.contiguous_format),
+        ((4, 3, 5, 6), torch.channels_last),
+        ((4, 3, 2, 5, 6), torch.channels_last_3d),
+    ],
+    ids=["contiguous", "channels-last", "channels-last-3d"],
+)
+def test_the_signal_lies_in_memory_as_the_activation_does(shape, format):
+    point = DFALayer()
+    dfa = DFA([point])
+    hidden = torch.randn(shape).contiguous(memory_format=format).requires_grad_().tanh()
+    signals = []
+    hidden.register_hook(signals.append)
+    dfa(point(hidden).flatten(1)[:, :2]).square().sum().backward()
+    (signal,) = signals
+    assert signal.stride() == hidden.stride()
+    expected = 2 * hidden.detach().flatten(1)[:, :2] @ dfa.feedback(0)
+    torch.testing.assert_close(signal, expected.view(shape))
+
+
 def test_tokens_are_samples_with_two_batch_dimensions():
     x, y = batch(12)
     for reduction in ("mean", "sum"):
