@@ -64,6 +64,8 @@ def compare(name: str, device: torch.device, steps: int) -> str:
     build, shape = NETWORKS[name]
     torch.manual_seed(0)
     bp = build().to(device)
+    if device.type == "cpu":
+        bp.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as the scripts do
     dfa = dfa_from_bp(bp)
     x = torch.randn(BATCH, *shape, device=device)
     y = torch.randint(10, (BATCH,), device=device)

@@ -1,14 +1,13 @@
 """Layers of `torch.nn`, made to train many networks at once, fast, with reproducible numbers.
 
 Linear, Conv2d            take their SGD step within the backward pass
-MaxPool2d                 has a faster backward pass
+Tanh, MaxPool2d           change places in train mode, where they follow each other
 Dropout, ChannelDropout   draw from a generator of their own
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.grad import conv2d_input, conv2d_weight
 
 
 class Linear(nn.Linear):
@@ -92,31 +91,72 @@ class _Conv2dStep(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         (input,) = ctx.saved_tensors
         weight, bias, rate = ctx.layer.weight, ctx.layer.bias, ctx.layer.learning_rate
-        sent = None
-        if ctx.needs_input_grad[0]:
-            sent = conv2d_input(input.shape, weight, gradient, *ctx.geometry)
-        weight.add_(conv2d_weight(input, weight.shape, gradient, *ctx.geometry), alpha=-rate)
+        stride, padding, dilation, groups = ctx.geometry
+        # torch.nn.grad's functions do not know how the weight lies in memory, and take longer.
+        sent, step, _ = torch.ops.aten.convolution_backward(
+            gradient, input, weight, None, stride, padding, dilation, False, (0, 0), groups,
+            (ctx.needs_input_grad[0], True, False),
+        )  # fmt: skip
+        weight.add_(step, alpha=-rate)
         if bias is not None:
-            # As a product with ones: as a sum it takes up to four times as long on CUDA.
-            pixels = gradient.flatten(2)
-            sums = pixels.flatten(0, 1) @ pixels.new_ones(pixels.shape[2])
-            bias.add_(sums.view(pixels.shape[:2]).sum(0), alpha=-rate)
+            bias.add_(_sums(gradient), alpha=-rate)
         return sent, None, None, None
 
 
-class MaxPool2d(nn.MaxPool2d):
-    """An `nn.MaxPool2d` without padding, whose backward pass is faster in train mode.
+def _sums(images: Tensor) -> Tensor:
+    """Of the channels of (N, C, H, W)."""
+    if not images.is_contiguous():  # channels last
+        return images.sum((0, 2, 3))
+    # As a product with ones: on CUDA the sum takes up to four times as long.
+    pixels = images.flatten(2)
+    sums = pixels.flatten(0, 1) @ pixels.new_ones(pixels.shape[2])
+    return sums.view(pixels.shape[:2]).sum(0)
 
-    Where more than two windows overlap, CUDA adds up what they send back in no fixed order. So it
-    is `nn.MaxPool2d` where PyTorch is asked for deterministic algorithms.
+
+class Tanh(nn.Tanh):
+    """An `nn.Tanh`, whose work a pooling may do.
+
+    Args:
+        pooled: whether a `MaxPool2d` with `tanh` set follows. In train mode, this layer then passes
+            on its input as it is.
+
+    Shapes: any, unchanged.
+    """
+
+    def __init__(self, pooled: bool = False) -> None:
+        super().__init__()
+        self.pooled = pooled
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input if self.pooled and self.training else super().forward(input)
+
+
+class MaxPool2d(nn.MaxPool2d):
+    """An `nn.MaxPool2d` without padding, faster in train mode.
+
+    Where more than two windows overlap, CUDA adds up what they send back in no fixed order; if
+    PyTorch is asked for deterministic algorithms, the backward pass is that of `nn.MaxPool2d`.
+
+    Args:
+        kernel_size, stride: of the windows, in pixels.
+        tanh: whether a `Tanh` with `pooled` set is in front. In train mode, this layer then does
+            its work, of which less is left: the greatest tanh is that of the greatest input.
 
     Shapes: (N, C, H, W) to (N, C, H', W').
     """
 
+    def __init__(self, kernel_size: int, stride: int, tanh: bool = False) -> None:
+        super().__init__(kernel_size, stride)
+        self.tanh = tanh
+
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training or torch.are_deterministic_algorithms_enabled():
+        if not self.training:
             return super().forward(input)
-        return _MaxPool2d.apply(input, self.kernel_size, self.stride)
+        if input.is_contiguous() and not torch.are_deterministic_algorithms_enabled():
+            pooled = _MaxPool2d.apply(input, self.kernel_size, self.stride)
+        else:
+            pooled = super().forward(input)  # as fast with channels last
+        return pooled.tanh() if self.tanh else pooled
 
 
 class _MaxPool2d(torch.autograd.Function):

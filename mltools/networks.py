@@ -7,9 +7,9 @@ from torch import nn
 
 from dfatools import DFA, BottleneckLinear, DFALayer
 from mltools.errors import UserError
-from mltools.layers import ChannelDropout, Conv2d, Dropout, Linear, MaxPool2d
+from mltools.layers import ChannelDropout, Conv2d, Dropout, Linear, MaxPool2d, Tanh
 
-ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "leaky-relu": nn.LeakyReLU}
+ACTIVATIONS = {"tanh": Tanh, "relu": nn.ReLU, "leaky-relu": nn.LeakyReLU}
 PLACEMENTS = ("release", "every-layer")
 
 
@@ -116,13 +116,14 @@ class Network:
                 "poolings: at least 15x15 is needed; use the fc experiments, or upsample"
             )
         sizes = [channels, 32, 64, 64]
+        pooled = self.activation == "tanh" and not self.batchnorm  # nothing stands in between
         blocks = [
             {
                 f"conv{i}": Conv2d(sizes[i - 1], sizes[i], kernel_size=5, padding=2),
                 f"drop{i}": _dropout(self.dropout_conv, ChannelDropout),
-                f"act{i}": self._activation(),
+                f"act{i}": Tanh(pooled=True) if pooled else self._activation(),
                 f"bn{i}": nn.BatchNorm2d(sizes[i]) if self.batchnorm else None,
-                f"maxp{i}": MaxPool2d(kernel_size=3, stride=2),
+                f"maxp{i}": MaxPool2d(kernel_size=3, stride=2, tanh=pooled),
             }
             for i in range(1, len(sizes))
         ]

@@ -7,9 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from mltools.layers import ChannelDropout, Conv2d, Dropout, Linear, MaxPool2d
+from mltools.layers import ChannelDropout, Conv2d, Dropout, Linear, MaxPool2d, Tanh
 
 RATE = 0.3
+FORMATS = pytest.mark.parametrize(
+    "format", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels-last"]
+)
 
 
 def pair(bias=True, dtype=torch.float64):
@@ -52,11 +55,12 @@ def convolved(x, w):
     return out
 
 
+@FORMATS
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("needs_input", [True, False])
-def test_the_step_of_a_convolution_is_that_of_sgd(bias, needs_input):
+def test_the_step_of_a_convolution_is_that_of_sgd(bias, needs_input, format):
     torch.manual_seed(0)
-    layer = Conv2d(2, 3, 3, padding=1, bias=bias, dtype=torch.float64)
+    layer = Conv2d(2, 3, 3, padding=1, bias=bias, dtype=torch.float64).to(memory_format=format)
     layer.learning_rate = RATE
     w, b = layer.weight.detach().numpy().copy(), bias and layer.bias.detach().clone()
     x = torch.randn(4, 2, 5, 6, dtype=torch.float64, requires_grad=needs_input)
@@ -81,19 +85,40 @@ def test_the_step_of_a_convolution_is_that_of_sgd(bias, needs_input):
     assert all(parameter.grad is None for parameter in layer.parameters())
 
 
-def test_a_pooling_sends_the_gradient_of_a_window_to_its_first_maximum():
-    torch.manual_seed(0)
-    x = torch.randint(4, (2, 3, 7, 8)).double().requires_grad_()  # with ties
-    error = torch.randn(2, 3, 3, 3, dtype=torch.float64)
-    output = MaxPool2d(3, 2)(x)
-    output.backward(error)
-    expected = np.zeros(x.shape)
+def pooled(x, error, tanh):
+    """A pooling of windows of 3 with stride 2, and its gradient, entry by entry."""
+    output, gradient = np.empty(error.shape), np.zeros(x.shape)
     for n, c, i, j in np.ndindex(error.shape):
-        window = x.detach().numpy()[n, c, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3]
-        assert output[n, c, i, j] == window.max()
-        di, dj = divmod(window.argmax(), 3)
-        expected[n, c, 2 * i + di, 2 * j + dj] += error[n, c, i, j]
-    np.testing.assert_allclose(x.grad, expected, atol=1e-14)
+        window = x[n, c, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3]
+        window = np.tanh(window) if tanh else window
+        output[n, c, i, j] = top = window.max()
+        di, dj = divmod(window.argmax(), 3)  # the first one
+        slope = 1 - top**2 if tanh else 1
+        gradient[n, c, 2 * i + di, 2 * j + dj] += slope * error[n, c, i, j]
+    return output, gradient
+
+
+@FORMATS
+@pytest.mark.parametrize("tanh", [False, True])
+def test_a_pooling_sends_the_gradient_of_a_window_to_its_first_maximum(tanh, format):
+    torch.manual_seed(0)
+    x = (torch.randint(4, (2, 3, 7, 8)) / 2 - 1).double()  # with ties
+    x = x.contiguous(memory_format=format).requires_grad_()
+    error = torch.randn(2, 3, 3, 3, dtype=torch.float64)
+    act, pooling = Tanh(pooled=tanh), MaxPool2d(3, 2, tanh)
+    output = pooling(act(x) if tanh else x)
+    output.backward(error)
+    expected, gradient = pooled(x.detach().numpy(), error.numpy(), tanh)
+    np.testing.assert_allclose(output.detach(), expected, atol=1e-15)
+    np.testing.assert_allclose(x.grad, gradient, atol=1e-14)
+
+
+def test_tanh_and_pooling_change_places_in_train_mode_only():
+    act, pooling = Tanh(pooled=True), MaxPool2d(3, 2, tanh=True)
+    x = torch.randn(2, 3, 7, 8)
+    assert act(x) is x
+    assert torch.equal(act.eval()(x), x.tanh())
+    assert torch.equal(pooling.eval()(x), nn.functional.max_pool2d(x, 3, 2))
 
 
 def test_nothing_moves_without_a_rate_in_eval_mode_or_without_gradients():
