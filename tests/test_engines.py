@@ -24,6 +24,10 @@ def cnn(**options):
     return dfa_from_bp(nn.Sequential(*blocks, nn.Tanh(), nn.Flatten(), nn.Linear(20, 4)), **options)
 
 
+def channels_last(**options):
+    return cnn(**options).to(memory_format=torch.channels_last)
+
+
 class Recurrent(nn.Module):
     """One point, called at each of three steps."""
 
@@ -38,7 +42,7 @@ class Recurrent(nn.Module):
         return self.dfa(self.head(x))
 
 
-SHAPES = {fc: (12,), cnn: (2, 8, 8)}
+SHAPES = {fc: (12,), cnn: (2, 8, 8), channels_last: (2, 8, 8)}
 
 
 def batch(build=fc, dtype=torch.float64):
@@ -59,7 +63,7 @@ def assert_close(left, right, tolerance):
         torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("build", [fc, cnn])
+@pytest.mark.parametrize("build", [fc, cnn, channels_last])
 @pytest.mark.parametrize("eager_first", [True, False], ids=["after-eager", "compiled-first"])
 def test_a_compiled_model_has_the_same_gradients(build, eager_first):
     torch.compiler.reset()
