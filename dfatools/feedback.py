@@ -353,11 +353,9 @@ class _Feedback(torch.autograd.Function):
 
 
 def _memory_format(images: Tensor) -> torch.memory_format:
-    if images.is_contiguous():
-        return torch.contiguous_format
-    for dims, format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-        if images.dim() == dims and images.is_contiguous(memory_format=format):
-            return format
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(images.dim())
+    if last and not images.is_contiguous() and images.is_contiguous(memory_format=last):
+        return last
     return torch.contiguous_format
 
 

@@ -61,7 +61,7 @@ class _LinearStep(torch.autograd.Function):
 
 
 class Conv2d(nn.Conv2d):
-    """An `nn.Conv2d`, padded with zeros, that can take the step of plain SGD as `Linear` does.
+    """An `nn.Conv2d`, padded with a number of zeros, that can take SGD's step as `Linear` does.
 
     Attributes:
         learning_rate: None, the default, is `nn.Conv2d`.

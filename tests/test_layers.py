@@ -64,7 +64,7 @@ def test_the_step_of_a_convolution_is_that_of_sgd(bias, needs_input, format):
     layer.learning_rate = RATE
     w, b = layer.weight.detach().numpy().copy(), bias and layer.bias.detach().clone()
     x = torch.randn(4, 2, 5, 6, dtype=torch.float64, requires_grad=needs_input)
-    error = torch.randn(4, 3, 5, 6, dtype=torch.float64)
+    error = torch.randn(4, 3, 5, 6, dtype=torch.float64).contiguous(memory_format=format)
     output = layer(x)
     output.backward(error)
     inputs, sent = x.detach().numpy(), error.numpy()
