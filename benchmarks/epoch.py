@@ -162,10 +162,10 @@ def measure(name: str, data: DataSet, device: torch.device, epochs: int, workers
     def epoch_ended(metrics: dict) -> None:
         nonlocal since, peak
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         own = time.perf_counter() - since
         if device.type == "cuda" and metrics["epoch"] == 1:
-            peak = torch.cuda.max_memory_allocated()
+            peak = torch.cuda.max_memory_allocated(device)
         if metrics["epoch"] > 1:  # the first one sets up
             ours.append(own)
             shares.append(1 - TimedTrainer.arithmetic / own)
@@ -182,7 +182,7 @@ def measure(name: str, data: DataSet, device: torch.device, epochs: int, workers
 
     with tempfile.TemporaryDirectory() as folder:
         if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.reset_peak_memory_stats(device)
         runs.train(
             experiment, data, RunFolder(Path(folder) / "run"), settings, device,
             lambda line: None, epoch_ended, threading.Event(),

@@ -39,7 +39,11 @@ def _processor(device: torch.device) -> str:
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
     """How long a call takes, the device's part included."""
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def synchronize() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
     synchronize()
     start = time.perf_counter()
     work()
@@ -51,12 +55,13 @@ def launched(work: Callable[[], object], device: torch.device) -> Callable[[], o
     """The work, on CUDA as one graph: launched call by call, small networks wait for the host."""
     if device.type != "cuda":
         return work
-    with torch.cuda.stream(torch.cuda.Stream(device)):
+    torch.cuda.synchronize(device)  # what the work needs is made on another stream
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
         for _ in range(WARM_UP):
             work()
-    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         work()
     return graph.replay
 

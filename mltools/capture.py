@@ -1,5 +1,6 @@
 """Training steps as one CUDA graph: one launch from the host, whatever they are made of."""
 
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -7,6 +8,8 @@ import torch
 from torch import Tensor
 
 LAUNCHES_AHEAD = 2  # of the device; enough that it never waits for the host
+
+_thread = threading.local()
 
 
 def capture(
@@ -33,13 +36,16 @@ def capture(
 
     graph = torch.cuda.CUDAGraph()
     graph.register_generator_state(generator)
-    stream = torch.cuda.current_stream()
     try:
         steps()  # in which libraries set themselves up
         restore()
-        # Other threads may go on with their runs meanwhile.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        # Other threads may go on with their runs meanwhile. `torch.cuda.graph` would wait for all
+        # that they have launched, and give their spare memory back to the device.
+        graph.capture_begin(_pool().id, "thread_local")  # type: ignore[arg-type]  # a NewType of it
+        try:
             steps()
+        finally:
+            graph.capture_end()
     finally:
         restore()
     # The host waits here, asleep, for what it launched before: within the driver it would spin.
@@ -52,3 +58,12 @@ def capture(
         ended.rotate(-1)
 
     return launch
+
+
+def _pool() -> torch.cuda.MemPool:
+    """The thread's own: the graph of its next run takes the memory of the last one's."""
+    device = str(torch.cuda.current_device())
+    pools = vars(_thread)
+    if device not in pools:
+        pools[device] = torch.cuda.MemPool()
+    return pools[device]

@@ -5,8 +5,8 @@ import platform
 import subprocess
 import threading
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -60,7 +60,7 @@ def train(
 
     Raises UserError if the folder's files do not fit together, or the data does not fit the run.
     """
-    with _stream(device):
+    with _beside_others(device):
         trainer = Trainer(experiment, data, settings, device)
         with folder.locked():
             if folder.complete():  # by another process, meanwhile
@@ -186,14 +186,21 @@ def _save(
     folder.write("checkpoint.pt", partial(checkpoints.save, content=checkpoint))
 
 
-def _stream(device: torch.device) -> AbstractContextManager:
-    """On CUDA a stream of the thread's own, so that the runs of other threads go on beside it."""
+@contextmanager
+def _beside_others(device: torch.device) -> Iterator[None]:
+    """On CUDA, gives the thread what lets the runs of other threads go on at the same time."""
     if device.type != "cuda":
-        return nullcontext()
+        yield
+        return
     streams = vars(_thread)  # not one per run: the device's queues are few
     if str(device) not in streams:
+        if device.index is not None:
+            torch.cuda.set_device(device)  # else PyTorch would take memory of the first one, too
         streams[str(device)] = torch.cuda.Stream(device)
-    return torch.cuda.stream(streams[str(device)])
+    stream = streams[str(device)]
+    # PyTorch's thread for backward passes is one per device: all runs would queue for it.
+    with torch.cuda.stream(stream), torch.autograd.set_multithreading_enabled(False):
+        yield
 
 
 def environment(device: torch.device) -> dict:

@@ -26,6 +26,7 @@ from mltools.runs import train
 from mltools.training import PRECISIONS, Experiment
 
 PARALLEL_ON_CUDA = 8  # on an H200, more bring no more
+STREAMS_ON_CUDA = 32  # that PyTorch keeps apart; runs that shared one would mix their work
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,8 @@ def parse(
     if not in_range or len(set(options.seeds)) < len(options.seeds):
         raise UserError("--seeds takes different numbers, from 0 to 2**63 - 1")
     _check_device(options.device)
+    if options.device.startswith("cuda") and options.at_once() > STREAMS_ON_CUDA:
+        raise UserError(f"--parallel-runs takes at most {STREAMS_ON_CUDA} on CUDA")
     if options.precision == "tf32" and not options.device.startswith("cuda"):
         raise UserError("--precision tf32 needs a CUDA device: choose float32 or bf16")
     if options.tensorboard:

@@ -129,7 +129,7 @@ class Trainer:
             elif isinstance(module, (Linear, Conv2d)) and precision != "bf16":
                 module.learning_rate = experiment.learning_rate
         self._optimizer = torch.optim.SGD(self.model.parameters(), experiment.learning_rate)
-        self._launch: Callable[[], None] = partial(self._steps, 1)
+        self._launch: Callable[[], None] | None = None  # of a CUDA graph
         self._steps_per_launch = 1
         self._left = 0  # batches of the epoch
 
@@ -159,10 +159,10 @@ class Trainer:
 
     def step(self) -> int:
         """Trains on the next batch of the epoch, or the next few, in one launch; says how many."""
-        if self._left % self._steps_per_launch == 0:
+        if self._launch is not None and self._left % self._steps_per_launch == 0:
             self._launch()
             taken = self._steps_per_launch
-        else:  # the epoch was taken up in between
+        else:  # no graph, or the epoch was taken up in between
             self._steps(1)
             taken = 1
         self._left -= taken

@@ -5,6 +5,8 @@ import math
 import random
 import threading
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 
 import numpy as np
@@ -15,7 +17,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from dfatools import DFA, DFALayer, prealign
-from mltools import results, training
+from mltools import results, runs, training
 from mltools.data import DataSet, Part, TrainingLoader
 from mltools.errors import UserError
 from mltools.logs import epoch_lines
@@ -461,3 +463,29 @@ def test_a_checkpoint_that_does_not_fit_the_network_is_one_line(tmp_path, damage
     with pytest.raises(UserError, match="checkpoint.pt cannot be read") as caught:
         run(folder.path, Experiment("bp", SMALL, **BP))
     assert "\n" not in str(caught.value) and len(folder.metrics()) == 2
+
+
+def test_a_thread_has_a_stream_and_its_backward_passes(monkeypatch):
+    """What torch.cuda would be asked for, on a machine that may have none."""
+    current, devices = [], []
+
+    @contextmanager
+    def on(stream):
+        current.append(stream)
+        yield
+        current.pop()
+
+    def seen():
+        with runs._beside_others(torch.device("cuda:1")):
+            return current[-1], torch._C._is_multithreading_enabled()
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+    monkeypatch.setattr(runs, "_thread", threading.local())
+    with ThreadPoolExecutor(1) as pool:
+        elsewhere, _ = pool.submit(seen).result()
+    (stream, multithreading), (again, _) = seen(), seen()
+    assert stream is again is not elsewhere and not multithreading
+    assert devices == [torch.device("cuda:1")] * 2
+    assert not current and torch._C._is_multithreading_enabled()

@@ -91,6 +91,14 @@ def test_a_bad_number_of_runs_is_one_line(start, bad):
     assert code == 2 and err.count("\n") == 1 and "a number from 1 up, or auto" in err
 
 
+def test_each_run_on_cuda_has_a_stream(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    code, _, err = start(
+        best_practices.main, "--device", "cuda", "--parallel-runs", 33, "--results-dir", tmp_path
+    )
+    assert code == 2 and err.count("\n") == 1 and "at most 32 on CUDA" in err
+
+
 def test_tf32_needs_cuda(start, tmp_path):
     code, _, err = start(
         best_practices.main, "--device", "cpu", "--precision", "tf32", "--results-dir", tmp_path

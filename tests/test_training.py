@@ -4,6 +4,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 
 import numpy as np
 import pytest
@@ -104,10 +105,20 @@ def recording(monkeypatch, fail=False):
 
     class Graph:
         def __init__(self):
-            self.generators, self.launches = [], 0
+            self.generators, self.launches, self.ended = [], 0, False
 
         def register_generator_state(self, generator):
             self.generators.append(generator)
+
+        def capture_begin(self, pool, capture_error_mode):
+            assert capture_error_mode == "thread_local"
+            recorded.append(self)
+            self.pool = pool
+
+        def capture_end(self):
+            self.ended = True
+            if fail:
+                raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
         def replay(self):
             self.launches += 1
@@ -131,19 +142,17 @@ def recording(monkeypatch, fail=False):
 
     ahead = []
 
-    @contextmanager
-    def record(graph, stream, capture_error_mode):
-        assert capture_error_mode == "thread_local"
-        recorded.append(graph)
-        yield
-        if fail:
-            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+    class MemPool:
+        def __init__(self):
+            self.id = next(ids)
 
+    ids = count(1)
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "CUDAGraph", Graph)
-        patch.setattr(torch.cuda, "graph", record)
+        patch.setattr(torch.cuda, "MemPool", MemPool)
         patch.setattr(torch.cuda, "Event", Event)
-        patch.setattr(torch.cuda, "current_stream", lambda: None)
+        patch.setattr(torch.cuda, "current_device", lambda: 0)
+        patch.setattr("mltools.capture._thread", threading.local())
         yield recorded
 
 
@@ -154,7 +163,7 @@ def test_a_captured_step_gives_the_same_bits(network, monkeypatch):
         captured.capture()
     (graph,) = graphs
     graph.step = lambda: captured._steps(10)  # what the recording would hold
-    assert graph.generators == [captured.generator]
+    assert graph.generators == [captured.generator] and graph.ended
     # The steps before and during the recording left no trace.
     assert outcome(captured) == outcome(plain)
     steps(plain, 50), steps(captured, 50)
@@ -171,10 +180,22 @@ def test_a_captured_step_gives_the_same_bits(network, monkeypatch):
 
 def test_a_recording_that_fails_leaves_no_trace_either(monkeypatch):
     plain, captured = trainer(FC), trainer(FC)
-    with recording(monkeypatch, fail=True), pytest.raises(RuntimeError, match="not permitted"):
+    refused = pytest.raises(RuntimeError, match="not permitted")
+    with recording(monkeypatch, fail=True) as graphs, refused:
         captured.capture()
+    assert graphs[0].ended
     steps(plain), steps(captured)
     assert outcome(captured) == outcome(plain)
+
+
+def test_the_graphs_of_a_thread_share_their_memory(monkeypatch):
+    with recording(monkeypatch) as graphs:
+        for _ in range(2):
+            trainer(FC).capture()
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(trainer(FC).capture).result()
+    here, again, elsewhere = (graph.pool for graph in graphs)
+    assert here == again != elsewhere
 
 
 def test_streamed_data_is_not_captured(monkeypatch):
