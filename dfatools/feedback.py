@@ -31,8 +31,10 @@ class DFALayer(nn.Module):
     It learns which `DFA` it belongs to when it is given to one. Called several times in one
     forward pass (shared weights, recurrence), it feeds back at each call.
 
-    A forward pass that raises halfway is forgotten if a module that holds the `DFA` ran it. Where
-    layers and `DFA` are called from plain code, nothing tells its remains from the next pass.
+    A module that holds the `DFA` makes a whole pass in each call, so a recurrence goes inside. When
+    it comes to this point again, what another pass has left, because it raised or was of a part of
+    the network, is forgotten. Nothing tells it from a recurrence where parts are called from plain
+    code: call a part whose output does not go on to the `DFA` under `torch.no_grad()`.
 
     It may stand inside what `torch.utils.checkpoint` computes again (`use_reentrant=False`), except
     under `torch.compile`. In a module given to FSDP2's `fully_shard` it comes first, not last: FSDP
@@ -64,7 +66,8 @@ class DFA(nn.Module):
     It owns one random matrix, (output size, largest feedback size), with entries from N(0, 1),
     shared by all the points: the i-th gets the first d_i columns, which are its B_i, (output size,
     d_i), in Eq. 2. It is made on the first forward pass, on the output's device, in float32 or
-    wider. In a distributed run the first process's matrix is everybody's, whole.
+    wider. In a distributed run the first process's matrix is everybody's, whole: all make the first
+    pass together.
 
     Args:
         layers: the `DFALayer`s that this output feeds, in network order.
@@ -146,8 +149,8 @@ class DFA(nn.Module):
         self.feedback_dtype = feedback_dtype
         self.register_buffer("feedback_matrix", None)
         self._sizes: dict[int, int] = {}  # features at each point, as last seen
-        self._pending: list[Tensor] = []  # what the forward pass under way has cut
-        self._pass: FrameType | None = None  # the frame of that pass, see _forget_unfinished_pass
+        # What the forward pass under way has cut: index, outermost module call, activation.
+        self._pending: list[tuple[int, FrameType | None, Tensor]] = []
 
     @property
     def training_method(self) -> str:
@@ -172,18 +175,24 @@ class DFA(nn.Module):
         Raises:
             ValueError: `output` has another size than the feedback matrix was made for, or other
                 batch dimensions than the hidden activations.
-            RuntimeError: no feedback point of this DFA was reached in this forward pass.
+            RuntimeError: no feedback point of this DFA was reached in this forward pass, or it is
+                one that cannot work, see `DFALayer`.
         """
-        if _recomputing():
+        if getattr(self, "_is_replica", False):
+            raise RuntimeError(
+                "nn.DataParallel splits a pass among threads, which a DFA cannot follow: use "
+                "DistributedDataParallel"
+            )
+        cuts = self.training_method == "dfa" and torch.is_grad_enabled()
+        if cuts and _recomputing():
             return output
-        self._forget_unfinished_pass()
-        pending, self._pending, self._pass = self._pending, [], None
+        pending, self._pending = [hidden for _, _, hidden in self._pending], []
         if not self._sizes:
             raise RuntimeError(
                 "none of this DFA's layers was called: place them in the network, before the DFA"
             )
         self._prepare(output)
-        if self.training_method != "dfa" or not torch.is_grad_enabled():
+        if not cuts:
             return output
         if not pending:
             raise RuntimeError(
@@ -227,11 +236,12 @@ class DFA(nn.Module):
         Raises RuntimeError before the first forward pass.
         """
         matrix = self._matrix()
-        rows = error.flatten(0, self.batch_dims - 1).flatten(1)
+        rows = error.reshape(-1, matrix.shape[0])
         samples = rows.shape[0] * _processes() if self.reduction == "sum" else 1
         sizes = [shape[self.batch_dims :].numel() for shape in shapes]
         # One product serves all points: they share its columns, up to their scale.
-        common = rows.to(matrix.device, matrix.dtype) @ matrix[:, : max(sizes, default=0)]
+        with torch.autocast(matrix.device.type, enabled=False):  # a backward pass may be under it
+            common = rows.to(matrix.device, matrix.dtype) @ matrix[:, : max([0, *sizes])]
         common = common.to(error.device)
         by_size = {size: common[:, :size] * (samples * self._scale(size)) for size in set(sizes)}
         return [by_size[size].reshape(shape) for size, shape in zip(sizes, shapes)]
@@ -250,24 +260,21 @@ class DFA(nn.Module):
         if self.training_method == "bp" or not torch.is_grad_enabled():
             return hidden
         if self.training_method == "dfa" and not _recomputing():
-            self._forget_unfinished_pass()
-            self._pending.append(hidden)
+            self._note(index, hidden)
         return hidden.detach()
 
-    def _forget_unfinished_pass(self) -> None:
-        """Drops what a forward pass that raised halfway has left in `_pending`.
+    def _note(self, index: int, hidden: Tensor) -> None:
+        """Adds to `_pending`, and drops what a pass that never got to this DFA has left there.
 
-        Nothing in the tensors tells its activations from those of the next pass. The call stack
-        does: if a call of a module that holds this DFA has ended, and its activations are still
-        pending, then it never got here.
+        Nothing in the tensors tells those activations from the others. The call stack does: where a
+        point is called again in another call of a module that holds this DFA, that is a new pass.
         """
-        if torch.compiler.is_compiling():
-            return  # in a compiled graph, a failed pass leaves no trace on this object
-        current = _outermost_module_call()
-        ended = self._pass if self._pass is not current else None
-        if ended is not None and self in ended.f_locals["self"].modules():
-            self._pending = []
-        self._pass = current
+        call = None if torch.compiler.is_compiling() else _outermost_module_call()
+        if call is not None:
+            earlier = {other for other, its_call, _ in self._pending if its_call is not call}
+            if index in earlier and self in call.f_locals["self"].modules():
+                self._pending = [entry for entry in self._pending if entry[1] is call]
+        self._pending.append((index, call, hidden))
 
     def _prepare(self, output: Tensor) -> None:
         """Makes the feedback matrix if there is none, and checks it against the output."""
@@ -278,7 +285,10 @@ class DFA(nn.Module):
             )
         features = output.shape[self.batch_dims :].numel()
         if self.feedback_matrix is None:
-            self.feedback_matrix = self._draw(features, max(self._sizes.values()), output)
+            with torch.inference_mode(False):  # it will be trained with, and saved
+                self.feedback_matrix = self._draw(features, max(self._sizes.values()), output)
+        elif self.feedback_device is None and self.feedback_matrix.device != output.device:
+            self.feedback_matrix = self.feedback_matrix.to(output.device)  # from a checkpoint
         rows, columns = self.feedback_matrix.shape
         if features != rows:
             raise ValueError(
@@ -304,7 +314,7 @@ class DFA(nn.Module):
 
     def __getstate__(self) -> dict:
         """For copies and pickles: without the pass under way."""
-        return {**self.__dict__, "_pending": [], "_pass": None}
+        return {**self.__dict__, "_pending": []}
 
     def _apply(self, fn, recurse=True):
         """Follows the model, but for what `feedback_device` and `feedback_dtype` fix."""
@@ -328,8 +338,9 @@ class DFA(nn.Module):
         if key not in state_dict:
             return
         if self.feedback_matrix is None:
+            dtype = self.feedback_dtype or torch.promote_types(state_dict[key].dtype, torch.float32)
             self.feedback_matrix = torch.empty_like(
-                state_dict[key], device=self.feedback_device, dtype=self.feedback_dtype
+                state_dict[key], device=self.feedback_device, dtype=dtype
             )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         # With assign=True, it has come as it was in the checkpoint.
@@ -342,14 +353,18 @@ class _Feedback(torch.autograd.Function):
     @staticmethod
     def forward(ctx, dfa: DFA, output: Tensor, *hidden: Tensor) -> Tensor:
         ctx.dfa, ctx.shapes = dfa, [h.shape for h in hidden]
-        ctx.formats = [_memory_format(h) for h in hidden]
+        ctx.places = [(h.device, _memory_format(h)) for h in hidden]
         return output.detach()  # shares memory, but is no view: those cannot be changed in place
 
     @staticmethod
     def backward(ctx, error: Tensor):
-        signals = zip(ctx.dfa.signals(error, ctx.shapes), ctx.formats)
+        signals = ctx.dfa.signals(error, ctx.shapes)
         # Laid out as the activations, or the blocks' own backward passes would be slow.
-        return None, error, *(signal.contiguous(memory_format=format) for signal, format in signals)
+        placed = (
+            signal.to(device).contiguous(memory_format=memory_format)
+            for signal, (device, memory_format) in zip(signals, ctx.places)
+        )
+        return None, error, *placed
 
 
 def _memory_format(images: Tensor) -> torch.memory_format:
@@ -366,9 +381,17 @@ def _processes() -> int:
 def _recomputing() -> bool:
     """Whether this call, made inside a backward pass, is activation checkpointing's second one.
 
-    The graph of the first one is what the error goes to: the second must not add to it.
+    The graph of the first one is what the error goes to: the second must not add to it. Where
+    checkpointing is reentrant there is no such graph, which is known by the lack of its hooks.
     """
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        return False
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        raise RuntimeError(
+            "a feedback point or a DFA was called in a backward pass: checkpoint with "
+            "use_reentrant=False"
+        )
+    return True
 
 
 def _outermost_module_call() -> FrameType | None:

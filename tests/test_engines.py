@@ -103,6 +103,18 @@ def test_a_compiled_recurrence():
     assert_close(gradients(compiled, x, y), gradients(model, x, y), 1e-12)
 
 
+def test_a_compiled_model_takes_images_of_several_sizes():
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    blocks = nn.Conv1d(2, 3, 3), nn.Tanh(), nn.Conv1d(3, 3, 3), nn.AdaptiveAvgPool1d(1)
+    model = dfa_from_bp(nn.Sequential(*blocks, nn.Flatten())).double()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    y = torch.arange(8) % 3
+    for length in (12, 10, 9, 11):
+        x = torch.randn(8, 2, length, dtype=torch.float64)
+        assert_close(gradients(compiled, x, y), gradients(model, x, y), 1e-12)
+
+
 def in_parts(model, x):
     """Two parts are computed again, with their feedback points."""
     x = checkpoint(model[:3], x, use_reentrant=False)
@@ -123,6 +135,18 @@ def test_activation_checkpointing_has_the_same_gradients(run, early_stop):
     with set_checkpoint_early_stop(early_stop):
         for _ in range(2):
             assert_close(gradients(lambda x: run(model, x), x, y, model), expected, 1e-15)
+
+
+@pytest.mark.parametrize("run", [
+    lambda model, x: checkpoint(model, x, use_reentrant=True),
+    lambda model, x: model[3:](checkpoint(model[:3], x, use_reentrant=True)),
+], ids=["whole", "part"])  # fmt: skip
+def test_reentrant_checkpointing_is_refused(run):
+    model = fc().double()
+    x, y = batch()
+    gradients(model, x, y)
+    with pytest.raises(RuntimeError, match="checkpoint with use_reentrant=False"):
+        F.cross_entropy(run(model, x.requires_grad_()), y).backward()
 
 
 def test_activation_checkpointing_keeps_no_activation():

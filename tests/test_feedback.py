@@ -179,6 +179,26 @@ def test_tokens_are_samples_with_two_batch_dimensions():
         assert_close([p.grad for p in model.parameters()], expected)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("batch_dims, shape", [(1, (12,)), (2, (3, 4))])
+def test_an_output_without_features_is_one_number_per_sample(batch_dims, shape, reduction):
+    """As of a regression that squeezes."""
+    torch.manual_seed(0)
+    point = DFALayer()
+    first, last = nn.Linear(7, 5).double(), nn.Linear(5, 1).double()
+    dfa = DFA([point], batch_dims=batch_dims, reduction=reduction)
+    x, _ = batch(12)
+    output = dfa(last(point(torch.tanh(first(x.view(*shape, 7))))).squeeze(-1))
+    assert output.shape == shape
+    output.square().mean().backward()
+    h = np.tanh(x.numpy() @ first.weight.detach().numpy().T + first.bias.detach().numpy())
+    error = 2 * output.detach().numpy().reshape(12, 1) / 12
+    signal = error @ scaled(dfa.feedback_matrix.numpy(), 5) * (12 if reduction == "sum" else 1)
+    delta = signal * (1 - h**2)
+    assert_close([first.weight.grad, first.bias.grad], [delta.T @ x.numpy(), delta.sum(0)])
+    assert_close([last.weight.grad, last.bias.grad], [error.T @ h, error.sum(0)])
+
+
 def test_half_batches_accumulate_to_the_whole():
     x, y = batch(8)
     model = fc()
@@ -420,6 +440,53 @@ def test_the_type_is_shown():
     assert "feedback_dtype=torch.bfloat16" in repr(own_type(torch.bfloat16))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_fresh_network_takes_up_a_matrix_in_float32_or_wider(dtype):
+    model, source = fc(dtype=torch.float32), fc(seed=1).to(dtype)
+    source(batch(dtype=dtype)[0])
+    source.to(dtype)
+    model.load_state_dict(source.state_dict())
+    assert model[-1].feedback_matrix.dtype == torch.promote_types(dtype, torch.float32)
+    assert torch.equal(model[-1].feedback_matrix, source[-1].feedback_matrix)
+
+
+def test_a_matrix_from_a_checkpoint_goes_where_the_output_is():
+    source, model = fc(), fc()
+    x, _ = batch()
+    source(x)
+    model.load_state_dict(source.state_dict())
+    model[:-1].to("meta")
+    model(x.to("meta"))
+    assert model[-1].feedback_matrix.is_meta
+
+
+def test_signals_go_where_the_activation_is():
+    point, head = DFALayer(), nn.Linear(7, 4)
+    dfa = DFA([point])
+    hidden = torch.zeros(8, 5, device="meta", requires_grad=True)
+    point(hidden)
+    dfa(head(torch.randn(8, 7))).sum().backward()
+    assert hidden.grad.is_meta and hidden.grad.shape == (8, 5)
+
+
+def test_a_matrix_drawn_in_inference_mode_trains():
+    model = fc()
+    x, y = batch()
+    with torch.inference_mode():
+        model(x)
+    assert not model[-1].feedback_matrix.is_inference()
+    assert_close(gradients(model, x, y), expected_gradients(model, x, y))
+
+
+def test_signals_under_autocast_have_the_matrix_s_type():
+    model = fc(dtype=torch.float32)
+    x, _ = batch(dtype=torch.float32)
+    error, shapes = model(x).detach(), [torch.Size((8, 6)), torch.Size((8, 9))]
+    expected = model[-1].signals(error, shapes)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same(model[-1].signals(error, shapes), expected)
+
+
 # Modules of one's own, and plain code
 
 
@@ -532,6 +599,49 @@ def test_a_pass_that_fails_halfway_leaves_nothing_behind(build, first):
     duplicate = copy.deepcopy(model)
     assert_same(gradients(model, x, y), expected)
     assert_same(gradients(duplicate, x, y), expected)
+
+
+@pytest.mark.parametrize("count", [2, 8], ids=["same-batch", "another"])
+def test_a_part_called_before_leaves_nothing_behind(count):
+    model = fc()
+    x, y = batch()
+    expected = gradients(model, x, y)
+    for part in (model[:3], model[:6], model[3:6], model[3:8]):
+        inner = torch.randn(count, part[0].in_features, dtype=x.dtype)
+        part(inner)
+        assert_same(gradients(model, x, y), expected)
+
+
+class Staged(nn.Module):
+    """Encoder and head in one module, called one after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(7, 6), nn.Linear(6, 5), nn.Linear(5, 4)
+        self.points = nn.ModuleList([DFALayer(), DFALayer()])
+        self.dfa = DFA(self.points)
+
+    def forward(self, x, stage):
+        if stage == "encode":
+            return self.points[0](torch.tanh(self.first(x)))
+        return self.dfa(self.last(self.points[1](torch.tanh(self.second(x)))))
+
+
+def test_a_pass_in_stages_is_one_pass():
+    torch.manual_seed(0)
+    model = Staged().double()
+    x, y = batch()
+    for _ in range(2):
+        model.zero_grad()
+        F.cross_entropy(model(model(x, "encode"), "decode"), y).backward()
+        w1, b1, w2, b2, w3, b3 = arrays(model)
+        h1 = np.tanh(x.numpy() @ w1.T + b1)
+        h2 = np.tanh(h1 @ w2.T + b2)
+        error = softmax_error(h2 @ w3.T + b3, y.numpy())
+        matrix = model.dfa.feedback_matrix.numpy()
+        delta1, delta2 = (error @ scaled(matrix, h.shape[1]) * (1 - h**2) for h in (h1, h2))
+        expected = [delta1.T @ x.numpy(), delta1.sum(0), delta2.T @ h1, delta2.sum(0)]
+        assert_close([p.grad for p in model.parameters()], [*expected, error.T @ h2, error.sum(0)])
 
 
 def test_a_finished_pass_keeps_no_activation_alive():
@@ -672,6 +782,14 @@ def test_a_matrix_of_another_size_is_refused():
 
 
 # Errors
+
+
+def test_a_replica_is_refused():
+    """As nn.DataParallel makes them, which needs several GPUs."""
+    model = fc()
+    x, _ = batch()
+    with pytest.raises(RuntimeError, match="use DistributedDataParallel"):
+        model[-1]._replicate_for_data_parallel()(model[:-1](x))
 
 
 def test_a_layer_without_a_dfa():
