@@ -18,26 +18,32 @@ def measure_alignment(
 
     It is the cosine of the alignment angle of Section 2.2: 1 is BP's direction, 0 a right angle.
     Both are taken on one forward pass, in eval mode; no parameter's gradient is computed. The
-    model's mode, its gradients and the random state are as before afterwards.
+    model's mode, its gradients and the random state are as before afterwards, but for what drawing
+    the feedback matrix takes, if there is none yet.
 
     Args:
-        model: a network with one `DFA` at its output. Its `training_method` does not matter.
+        model: a network with one `DFA` at its output, called once per pass, before `torch.compile`.
+            Its `training_method` does not matter.
         x: a batch of N samples, `(N, ...)`.
         y: its targets.
         loss: `loss(model(x), y)`, a scalar in which no sample's term depends on another sample.
 
     Returns: `{module name: cosines}`, N each, in network order, in float64, on x's device; 0 where
-    either side vanishes. Leaf modules that give no tensor, that no gradient reaches, or that are
-    feedback points are left out; for one that is called several times, its outputs count as one.
+    either side vanishes. Leaf modules that give no tensor, or one that is not `(N, ...)`, that no
+    gradient reaches, or that are feedback points are left out; for one that is called several
+    times, its outputs count as one.
 
     Raises:
-        ValueError: the model has no `DFA`, or several.
-        RuntimeError: the loss is no scalar, or no parameter asks for gradients.
+        ValueError: the model has no `DFA` or several, or calls it more than once.
+        RuntimeError: the loss is no scalar, no parameter asks for gradients, or the model is
+            compiled.
     """
     result = {}
     for name, probes in probe(model, x, y, loss).items():
-        dfa = torch.cat([probe.dfa.flatten(1) for probe in probes], 1).double()
-        bp = torch.cat([probe.bp.flatten(1) for probe in probes], 1).double()
+        if any(probe.dfa.shape[:1] != x.shape[:1] for probe in probes):
+            continue
+        dfa = torch.cat([probe.dfa[:, None].flatten(1) for probe in probes], 1).double()
+        bp = torch.cat([probe.bp[:, None].flatten(1) for probe in probes], 1).double()
         # In this form the cosine of a vector with itself is exactly 1.
         norms = (dfa.square().sum(1) * bp.square().sum(1)).sqrt()
         result[name] = torch.where(norms == 0, 0.0, (dfa * bp).sum(1) / norms)
@@ -93,16 +99,22 @@ def probe(model: nn.Module, x: Tensor, y: Tensor, loss: Callable) -> dict[str, l
         return hook
 
     hooks = []
-    for name, module in model.named_modules():
-        if isinstance(module, DFALayer):
-            hooks.append(module.register_forward_hook(gate))
-        elif module is dfa:
-            hooks.append(module.register_forward_hook(lambda _, args, out: outputs.append(out)))
-        elif not any(module.children()):
-            hooks.append(module.register_forward_hook(note(name)))
     try:
-        with _undisturbed(model, dfa, bottlenecks, x.device), torch.enable_grad():
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            _undisturbed(model, dfa, bottlenecks, x),
+        ):
+            for name, module in model.named_modules():
+                if isinstance(module, DFALayer):
+                    hooks.append(module.register_forward_hook(gate))
+                elif module is dfa:
+                    hooks.append(dfa.register_forward_hook(lambda _, args, y: outputs.append(y)))
+                elif _is_leaf(name, module):
+                    hooks.append(module.register_forward_hook(note(name)))
             value = loss(model(x), y)
+            if len(outputs) != 1:
+                raise ValueError(f"the model must call its DFA once, not {len(outputs)} times")
             tensors = [output for _, _, output in calls]
             for bottleneck in bottlenecks:
                 bottleneck.thinning = False
@@ -115,7 +127,6 @@ def probe(model: nn.Module, x: Tensor, y: Tensor, loss: Callable) -> dict[str, l
             # Inputs are looked up behind the outputs, once each.
             sources = list({id(s): s for _, s, _ in calls if s is not None}.values())
             signals = dfa.signals(error, [point.shape for point in points])
-            signals = [s.to(point.dtype) for s, point in zip(signals, points)]
             grads = torch.autograd.grad(
                 outputs + points, tensors + sources, [error, *signals], allow_unused=True
             )
@@ -130,26 +141,41 @@ def probe(model: nn.Module, x: Tensor, y: Tensor, loss: Callable) -> dict[str, l
         if signal is not None and gradient is not None:
             signal_at_input = None if source is None else at_source[id(source)]
             probes.setdefault(name, []).append(Probe(signal, gradient, signal_at_input))
+    if not probes:
+        raise RuntimeError(
+            "no gradient gets to the output of any module; of a compiled model, take the original"
+        )
     return probes
+
+
+def _is_leaf(name: str, module: nn.Module) -> bool:
+    """Whether it holds no other modules, those that compute its own parameters aside."""
+    parametrizations = "parametrizations"  # torch.nn.utils.parametrize's name for them
+    inside = parametrizations in name.split(".")
+    return not inside and all(child == parametrizations for child, _ in module.named_children())
 
 
 @contextmanager
 def _undisturbed(
-    model: nn.Module, dfa: DFA, bottlenecks: list[BottleneckLinear], device: torch.device
-) -> Iterator[nn.Module]:
+    model: nn.Module, dfa: DFA, bottlenecks: list[BottleneckLinear], x: Tensor
+) -> Iterator[None]:
     """Eval mode, nothing cut; afterwards everything is as it was, the random state too."""
     generators = {layer.input_generator for layer in bottlenecks if layer.input_generator}
     states = [(generator, generator.get_state()) for generator in generators]
     modes = {module: module.training for module in model.modules()}
     method = dfa.training_method
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        try:
-            dfa.training_method = "bp"
-            yield model.eval()
-        finally:
-            dfa.training_method = method
-            for module, mode in modes.items():
-                module.training = mode
-            for generator, state in states:
-                generator.set_state(state)
+    devices = [x.device] if x.device.type == "cuda" else []
+    try:
+        dfa.training_method = "bp"
+        model.eval()
+        if dfa.feedback_matrix is None:  # drawn before the random state is put by, to be used once
+            with torch.no_grad():
+                model(x)
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        dfa.training_method = method
+        for module, mode in modes.items():
+            module.training = mode
+        for generator, state in states:
+            generator.set_state(state)

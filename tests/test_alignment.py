@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
 
-from dfatools import DFA, DFALayer, dfa_from_bp, measure_alignment
+from dfatools import DFA, BottleneckLinear, DFALayer, dfa_from_bp, measure_alignment
 from dfatools.alignment import probe
 
 
@@ -289,6 +290,29 @@ def test_the_model_is_as_before_when_the_loss_fails():
     assert_undisturbed(model, before)
 
 
+def test_a_feedback_matrix_drawn_here_is_drawn_once():
+    x, y = batch()
+    first, second = fc(), fc()
+    torch.manual_seed(3)
+    matrices = []
+    for model in (first, second):
+        measure_alignment(model, x, y, F.cross_entropy)
+        matrices.append(model[-1].feedback_matrix)
+    assert not torch.equal(*matrices)
+    assert not torch.equal(torch.randn(4, 9, dtype=torch.float64), matrices[1])
+
+
+def test_a_bottleneck_s_generator_is_as_before():
+    torch.manual_seed(0)
+    bottleneck, point = BottleneckLinear(6, 9, 0.5), DFALayer()
+    blocks = nn.Linear(7, 6), nn.Tanh(), bottleneck, nn.Tanh(), point, nn.Linear(9, 4)
+    model = nn.Sequential(*blocks, DFA([point])).double()
+    bottleneck.input_generator = generator = torch.Generator().manual_seed(5)
+    before = generator.get_state()
+    measure_alignment(model, *batch(), F.cross_entropy)
+    assert torch.equal(generator.get_state(), before) and bottleneck.thinning
+
+
 def test_dropout_and_batchnorm_are_in_eval_mode():
     torch.manual_seed(0)
     model = cnn().double()
@@ -323,6 +347,85 @@ def test_a_network_of_which_only_the_head_learns():
     measured = measure_alignment(model, *batch(), F.cross_entropy)
     assert list(measured) == ["4"]
     assert torch.equal(measured["4"], torch.ones(8, dtype=torch.float64))
+
+
+class Positions(nn.Module):
+    """Adds something learned that is not of any sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(3, 6)
+
+    def forward(self, x):
+        return x + self.table(torch.arange(3)).sum(0)
+
+
+def test_outputs_that_are_not_of_samples_are_left_out():
+    torch.manual_seed(0)
+    positions, first = Positions(), weight_norm(nn.Linear(7, 6))
+    model = dfa_from_bp(nn.Sequential(first, positions, nn.Tanh(), nn.Linear(6, 4))).double()
+    x, y = batch()
+    cosines = measure_alignment(model, x, y, F.cross_entropy)
+    assert list(cosines) == ["0", "2", "3"]  # nor is the weight of the first layer one
+    assert all(len(values) == 8 for values in cosines.values())
+    torch.testing.assert_close(cosines["3"], torch.ones(8, dtype=torch.float64))
+
+
+def test_an_output_of_one_number_per_sample():
+    model = dfa_from_bp(nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 1), nn.Flatten(0)))
+    x, _ = batch()
+    cosines = measure_alignment(model.double(), x, torch.zeros(8), F.mse_loss)
+    w1, b1, w2, b2 = (p.detach().numpy() for p in model.parameters())
+    h = np.tanh(x.numpy() @ w1.T + b1)
+    error = h @ w2.T + b2
+    fed, true = error @ model[-1].feedback(0).numpy(), error @ w2
+    np.testing.assert_allclose(cosines["1"], cosine(fed, true), rtol=0, atol=1e-12)
+    assert (cosines["3"] == 1).all()
+
+
+class Discarding(nn.Module):
+    """Calls a feedback point on what does not come to the output."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.side, self.point = inner, nn.Linear(7, 3), DFALayer()
+        inner[-1].layers += (self.point,)
+        self.point.__dict__["_dfa"], self.point._index = inner[-1], 2
+
+    def forward(self, x):
+        self.point(self.side(x))
+        return self.inner(x)
+
+
+def test_a_branch_that_is_discarded_is_left_out():
+    x, y = batch()
+    model = Discarding(fc()).double()
+    cosines = measure_alignment(model, x, y, F.cross_entropy)
+    expected = measure_alignment(model.inner, x, y, F.cross_entropy)
+    assert list(cosines) == [f"inner.{name}" for name in expected]
+    for name, values in expected.items():
+        torch.testing.assert_close(cosines[f"inner.{name}"], values, rtol=0, atol=1e-12)
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = fc()
+
+    def forward(self, x):
+        return self.inner(x) + self.inner(2 * x)
+
+
+def test_a_dfa_called_twice_is_refused():
+    with pytest.raises(ValueError, match="must call its DFA once, not 2 times"):
+        measure_alignment(Twice(), *batch(), F.cross_entropy)
+
+
+def test_a_compiled_model_is_refused():
+    torch.compiler.reset()
+    compiled = torch.compile(fc(), backend="aot_eager")
+    with pytest.raises(RuntimeError, match="of a compiled model, take the original"):
+        measure_alignment(compiled, *batch(), F.cross_entropy)
 
 
 @pytest.mark.parametrize("model, number", [
