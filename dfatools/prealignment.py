@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from dfatools.alignment import probe
 from dfatools.conversion import WEIGHT_LAYERS
@@ -20,25 +21,34 @@ def prealign(
     G W, what BP sends through the layer, is the least-squares approximation to the direction of S.
     Each layer is set before the next is measured. S is what the feedback point right before the
     layer gets, or where none stands there, what arrives there from behind. Tokens count as samples.
-    The first weight layer, layers other than Linear, and layers that nothing is learned in front
-    of, keep their weights; biases are kept.
+    The first weight layer, or an Embedding there, layers other than Linear, layers that nothing is
+    learned in front of, and those where S or G is zero keep their weights; biases are kept.
 
     Args:
         model, x, y, loss: as for `measure_alignment`.
 
     Raises:
-        ValueError: the model has no `DFA` or several, or uses a Linear more than once per pass.
+        ValueError: the model has no `DFA` or several, uses a Linear more than once per pass, or
+            computes its weight (`torch.nn.utils.parametrize`).
         RuntimeError: as for `measure_alignment`.
     """
+    kinds = nn.Embedding, *WEIGHT_LAYERS
     layers = {name: model.get_submodule(name) for name in probe(model, x, y, loss)}
-    layers = {name: layer for name, layer in layers.items() if isinstance(layer, WEIGHT_LAYERS)}
+    layers = {name: layer for name, layer in layers.items() if isinstance(layer, kinds)}
     for name, layer in reversed(list(layers.items())[1:]):
         if not isinstance(layer, nn.Linear):
             continue
         calls = probe(model, x, y, loss)[name]
         if len(calls) > 1:
             raise ValueError(f"pre-alignment needs each Linear to be used once; {name} is not")
+        if parametrize.is_parametrized(layer, "weight"):
+            raise ValueError(f"pre-alignment sets weights; {name} computes its own from others")
         signal, gradient = calls[0].dfa_input, calls[0].bp
-        if signal is not None:  # else nothing is learned before it
-            weight = torch.linalg.pinv(gradient.flatten(0, -2)) @ signal.flatten(0, -2)
+        if signal is None:  # nothing is learned before it
+            continue
+        dtype = torch.promote_types(gradient.dtype, torch.float32)  # no narrower one has a pinv
+        gradient, signal = (tensor.flatten(0, -2) for tensor in (gradient, signal))
+        noise = max(gradient.shape) * torch.finfo(gradient.dtype).eps
+        weight = torch.linalg.pinv(gradient.to(dtype), rtol=noise) @ signal.to(dtype)
+        if weight.any():
             layer.weight.copy_(weight / torch.linalg.matrix_norm(weight))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
 
 from dfatools import DFA, DFALayer, dfa_from_bp, measure_alignment, prealign
 
@@ -146,6 +147,50 @@ def test_token_layers_take_all_tokens_as_samples():
     prealign(tokens, x.view(3, 4, 7), y, lambda output, y: F.cross_entropy(output.flatten(0, 1), y))
     for a, b in zip(flat.parameters(), tokens.parameters()):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+def test_what_is_learned_in_front_of_may_be_an_embedding():
+    torch.manual_seed(0)
+    front = nn.Embedding(9, 7), nn.Flatten()  # two tokens a sample
+    points = DFALayer(), DFALayer()
+    blocks = *front, points[0], nn.Linear(14, 6), nn.Tanh(), points[1], nn.Linear(6, 4)
+    model = nn.Sequential(*blocks, DFA(points)).double()
+    x, y = torch.randint(9, (8, 2)), torch.arange(8) % 4
+    prealign(model, x, y, F.cross_entropy)
+    for layer in linears(model):
+        torch.testing.assert_close(torch.linalg.matrix_norm(layer.weight).item(), 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_narrow_types_are_computed_in_float32(dtype):
+    model, reference = network((7, 6, 4)).to(dtype), network((7, 6, 4)).to(dtype).double()
+    x, y = batch(8)
+    x = x.to(dtype)
+    model(x)
+    reference[-1].feedback_matrix = model[-1].feedback_matrix.double()
+    prealign(model, x, y, F.cross_entropy)
+    prealign(reference, x.double(), y, F.cross_entropy)
+    for a, b in zip(linears(model), linears(reference)):
+        assert (a.weight.double() - b.weight).norm() < 5 * torch.finfo(dtype).eps
+
+
+def test_where_nothing_arrives_weights_are_kept():
+    model = network((7, 6, 5, 4))
+    x, y = batch(8)
+    model(x)
+    with torch.no_grad():
+        linears(model)[1].bias.fill_(1e3)  # Tanh behind it lets nothing through
+    before = [layer.weight.clone() for layer in linears(model)]
+    prealign(model, x, y, F.cross_entropy)
+    kept = [torch.equal(layer.weight, old) for layer, old in zip(linears(model), before)]
+    assert kept == [True, True, False]
+
+
+def test_a_weight_that_is_computed_is_refused():
+    model = network((7, 6, 4))
+    weight_norm(linears(model)[1])
+    with pytest.raises(ValueError, match="3 computes its own from others"):
+        prealign(model, *batch(8), F.cross_entropy)
 
 
 def test_a_linear_that_is_used_twice_is_refused():
