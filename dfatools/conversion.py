@@ -33,8 +33,8 @@ def dfa_from_bp(model: nn.Sequential, **dfa_options: Any) -> nn.Sequential:
 
     Raises:
         TypeError: `model` is no Sequential, or one with a forward of its own.
-        ValueError: it has fewer than two weight layers, feedback points already, or a module that
-            is called `dfa`; or `DFA` refuses an option.
+        ValueError: it has fewer than two weight layers, feedback points already, or a module with
+            the name of one to be added; or `DFA` refuses an option.
     """
     if not _is_plain(model):
         raise TypeError(
@@ -55,13 +55,17 @@ def dfa_from_bp(model: nn.Sequential, **dfa_options: Any) -> nn.Sequential:
 
 def _with_points(model: nn.Sequential, layers: list[DFALayer], first: bool) -> nn.Sequential:
     """Rebuilds `model` with points, which it appends to `layers`; `first`: no weights so far."""
-    result = nn.Sequential().train(model.training)
+    result = copy.copy(model)  # of its own kind, with its hooks and buffers
+    result._modules = {}
     for name, module in model._modules.items():  # named_children gives a shared module once only
         if _is_plain(module):
             module = _with_points(module, layers, first)
         elif _has_weights(module) and not first:
             layers.append(DFALayer())
-            result.add_module(f"feedback_{name}", layers[-1])
+            point = f"feedback_{name}"
+            if point in model._modules:
+                raise ValueError(f"a module is called {point}, the name of a point to be added")
+            result.add_module(point, layers[-1])
         first = first and not _has_weights(module)
         result.add_module(name, module)
     return result

@@ -161,9 +161,32 @@ def test_errors(model, error, message):
         dfa_from_bp(model)
 
 
-def test_a_module_called_dfa_is_not_written_over():
-    model = nn.Sequential()
-    for name, module in (("dfa", nn.Linear(3, 3)), ("last", nn.Linear(3, 2))):
-        model.add_module(name, module)
-    with pytest.raises(ValueError, match="called dfa"):
+@pytest.mark.parametrize("name", ["dfa", "feedback_last"])
+def test_no_module_is_written_over(name):
+    model = nn.Sequential(OrderedDict([(name, nn.Linear(3, 3)), ("last", nn.Linear(3, 2))]))
+    with pytest.raises(ValueError, match=f"called {name}"):
         dfa_from_bp(model)
+
+
+class Named(nn.Sequential):
+    """A Sequential with more to it."""
+
+    def __init__(self, *modules):
+        super().__init__(*modules)
+        self.register_buffer("mean", torch.ones(6))
+
+    def predict(self, x):
+        return self(x - self.mean).argmax(1)
+
+
+def test_a_sequential_of_one_s_own_stays_what_it_is():
+    nested = nn.Sequential(nn.Linear(5, 5), nn.Tanh())
+    nested.register_forward_hook(lambda module, args, output: 2 * output)
+    bp = Named(nn.Linear(6, 5), nested, nn.Linear(5, 3)).eval()
+    model = dfa_from_bp(bp)
+    x = torch.randn(4, 6)
+    assert isinstance(model, Named) and not model.training
+    assert torch.equal(model(x), bp(x)) and torch.equal(model.predict(x), bp.predict(x))
+    model.load_state_dict({name: 2 * tensor for name, tensor in bp.state_dict().items()})
+    assert torch.equal(model.mean, torch.full((6,), 2.0)) and torch.equal(bp.mean, torch.ones(6))
+    assert names(bp) == ["0", "1", "1.0", "1.1", "2"]
