@@ -24,6 +24,7 @@ them to 32x32.
 import http.client
 import os
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -141,7 +142,7 @@ class Part:
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set; `input_shape` is (C, H, W)."""
+    """A data set; `input_shape` is (C, H, W), `crc32` that of its arrays, if it has an npz file."""
 
     name: str
     classes: int
@@ -149,6 +150,7 @@ class DataSet:
     train: Part
     test: Part
     validation: Part | None = None
+    crc32: str | None = None
 
     def split(self, fraction: float = 0.85, seed: int = 0) -> "DataSet":
         """Keeps a random `fraction` of `train` and makes the rest the `validation` part.
@@ -291,8 +293,10 @@ def load(name: str, data_dir: str | os.PathLike) -> DataSet:
     info = DATASETS[name]
     data_dir = Path(data_dir).expanduser()
     if info.source == "stream":
-        parts = [Part(folder, info.mean, info.std) for folder in _image_folders(name, data_dir)]
-        return DataSet(name, info.classes, (3, info.size, info.size), *parts)
+        train, test = (
+            Part(folder, info.mean, info.std) for folder in _image_folders(name, data_dir)
+        )
+        return DataSet(name, info.classes, (3, info.size, info.size), train, test)
 
     if info.source == "embedded":
         path = Path(__file__).with_name("digits.npz")
@@ -310,7 +314,12 @@ def load(name: str, data_dir: str | os.PathLike) -> DataSet:
             x = F.interpolate(x.float(), size=(32, 32), mode="bilinear").round().to(torch.uint8)
         parts.append(Part(TensorDataset(x, y.long()), info.mean, info.std))
     _, channels, height, width = x.shape
-    return DataSet(name, info.classes, (channels, height, width), *parts)
+    crc32 = 0
+    for key in ARRAYS:
+        crc32 = zlib.crc32(np.ascontiguousarray(arrays[key]).data, crc32)
+    train, test = parts
+    shape = channels, height, width
+    return DataSet(name, info.classes, shape, train, test, crc32=f"{crc32:08x}")
 
 
 def fits(size: int, device: torch.device) -> bool:

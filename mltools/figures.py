@@ -20,7 +20,8 @@ from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from mltools.files import write_atomically
-from mltools.results import RunFolder, diverged
+from mltools.records import diverged
+from mltools.results import RunFolder
 from mltools.tables import Spread, Table
 
 COLUMN, PAGE = 3.4, 7.0  # inches

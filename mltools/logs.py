@@ -169,10 +169,18 @@ _LOSSES = _compile(
     rf"Validation loss: {_LOSS} \(top-1:(\d+\.\d)%\)\."
 )
 _BOTTLENECK = _compile(r"with a bottlenecking rate ([01]\.\d+) initialized by (\w+)")
-CNN_LAYERS = (
-    *("conv1", "act1", "maxp1", "conv2", "act2", "maxp2", "conv3", "act3", "maxp3"),
-    *("flat", "lin1", "act4", "lin2"),
-)
+LAYER_KINDS = {
+    "Linear": "lin",
+    "Bottleneck": "lin",
+    "Conv2d": "conv",
+    "MaxPool2d": "maxp",
+    "BatchNorm1d": "bn",
+    "BatchNorm2d": "bn",
+    "Dropout": "drop",
+    "Dropout2d": "drop",
+    "Flatten": "flat",
+}
+"""The release's module classes under our names; the others are activations."""
 
 
 class _OwnReader:
@@ -376,15 +384,21 @@ def _layer_names(structure: dict[int, str]) -> dict[int, str]:
     """The release's modules, position to class, under our names.
 
     Its FC logs name each layer rightly. In its CNN logs each line carries the name of the layer
-    after it, but the lines are in network order, whose names are known.
+    after it; the first layer, which no line names, is a convolution or the dropout in front of it.
     """
-    if any(module in ("Conv2d", "MaxPool2d") for module in structure.values()):
-        return dict(enumerate(CNN_LAYERS)) if len(structure) == len(CNN_LAYERS) else {}
-    names, block = {}, 0
-    for position, module in sorted(structure.items()):
-        block += module in ("Linear", "Bottleneck")
-        kind = {"Linear": "lin", "Bottleneck": "lin", "BatchNorm1d": "bn", "Dropout": "drop"}
-        names[position] = f"{kind.get(module, 'act')}{block}"
+    modules = [module for _, module in sorted(structure.items())]
+    if any(module in ("Conv2d", "MaxPool2d") for module in modules):
+        if list(range(len(modules))) != sorted(structure):
+            return {}  # a line is lost: which names moved is not known
+        modules = ["Dropout2d" if modules[0] == "Conv2d" else "Conv2d", *modules[:-1]]
+    names: dict[int, str] = {}
+    blocks = linears = 0
+    for position, module in zip(sorted(structure), modules):
+        kind = LAYER_KINDS.get(module, "act")
+        blocks += kind in ("conv", "lin")
+        linears += kind == "lin"
+        number = {"lin": linears, "flat": ""}.get(kind, blocks)
+        names[position] = f"{kind}{number}"
     return names
 
 

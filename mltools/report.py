@@ -13,7 +13,8 @@ from urllib.parse import quote
 
 from mltools.figures import Figure
 from mltools.files import write_text
-from mltools.results import RunFolder, diverged
+from mltools.records import diverged
+from mltools.results import RunFolder
 from mltools.tables import Table, html_table
 
 # The browser's own colours, so that a dark theme is followed; the figures stay on white paper.

@@ -4,7 +4,7 @@
     metrics.jsonl  one line per epoch
     angles.npz     per-sample cosines: one float32 array (epochs, samples) per layer
     log.txt        the same for people
-    checkpoint.pt  while the run goes on: all that is needed to go on after the last epoch
+    checkpoint.pt  while the run goes on: all that is needed to go on where it was written
     state.pt       once it is finished: the weights and the feedback matrix
 
 Files are replaced whole, the log aside, so a run may be killed at any instant. Where they disagree
@@ -39,6 +39,7 @@ from mltools.records import (
     unsealed,
 )
 
+BRING_BACK = "move it away and bring it back out of log.txt with log_retrieval.py"
 FILES = ("config.json", "metrics.jsonl", "angles.npz", "log.txt", "checkpoint.pt", "state.pt")
 
 
@@ -103,7 +104,16 @@ class RunFolder:
                     f"{self.path}: another process is at work on this run: wait for its end, or "
                     "stop it"
                 ) from None
+            if not self._holds(file):
+                raise UserError(f"{self.path}: another process has set this run aside: try again")
             yield
+
+    def _holds(self, log: BinaryIO) -> bool:
+        """Whether this is the folder's log still."""
+        try:
+            return os.path.samestat(os.fstat(log.fileno()), os.stat(self.path / "log.txt"))
+        except FileNotFoundError:
+            return False
 
     def set_aside(self) -> Path:
         """Renames the folder, so that another run can take its place; says what it is called now.
@@ -121,8 +131,7 @@ class RunFolder:
         Raises UserError if an earlier line is damaged, or another run's.
         """
         path = self.path / "metrics.jsonl"
-        remedy = "move the file away and bring it back out of log.txt with log_retrieval.py"
-        with reading(path, remedy):
+        with reading(path, BRING_BACK):
             try:
                 lines = path.read_bytes().split(b"\n")
             except FileNotFoundError:
@@ -130,11 +139,9 @@ class RunFolder:
         epochs: list[dict] = []
         start = self._checksum()
         for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is torn
-            with reading(f"{path}: line {number}", remedy):
+            with reading(f"{path}: line {number}", BRING_BACK):
                 epoch = unsealed(line, start)
                 problem = metrics_problem(epoch)
-                if not problem and epochs and epoch["epoch"] <= epochs[-1]["epoch"]:
-                    problem = f"epoch {epoch['epoch']} follows epoch {epochs[-1]['epoch']}"
                 if problem:
                     raise ValueError(problem)
             start = checksum(epoch, start)
@@ -149,10 +156,25 @@ class RunFolder:
         return metrics[-1]["epoch"] >= config["settings"]["epochs"] or diverged(metrics[-1])
 
     def complete(self) -> bool:
-        """Whether nothing is left to do: a run's last file is there, or it came out of a log."""
-        names = {path.name for path in self.path.glob("*")}
-        ended = "state.pt" in names or "log.txt" not in names
-        return self.finished() and ended and "checkpoint.pt" not in names
+        """Whether nothing is left to do: the metrics reach the end, and there is no checkpoint.
+
+        Raises UserError if the run can neither go on nor begin without losing epochs.
+        """
+        checkpoint, state = self.path / "checkpoint.pt", self.path / "state.pt"
+        if checkpoint.exists():
+            return False
+        # Of the first epoch there are metrics before there is a checkpoint.
+        begun = state.exists() or len(self.metrics()) > 1
+        if self.finished():
+            return True
+        if begun and not checkpoint.exists():
+            if state.exists():
+                raise UserError(f"{self.path}: metrics.jsonl has lost epochs: {BRING_BACK}")
+            raise UserError(
+                f"{self.path}: checkpoint.pt, where this run would go on, is not there: put it "
+                "back, or set the folder aside with --force"
+            )
+        return False
 
     def start(self, settings: dict, environment: dict) -> None:
         """Makes the folder and its `config.json`, if they are not there."""
@@ -167,11 +189,24 @@ class RunFolder:
         write_atomically(self.path / name, write)
 
     def rewind(self, epochs: int) -> None:
-        """Forgets what comes after so many epochs."""
+        """Forgets what comes after so many epochs.
+
+        Raises UserError if not all of these are there.
+        """
+        kept = self._epochs(epochs)
         angles = self.angles()
         if any(len(rows) > epochs for rows in angles.values()):
             self._write_angles({layer: rows[:epochs] for layer, rows in angles.items()})
-        self.write_metrics([line for line in self.metrics() if line["epoch"] <= epochs])
+        self.write_metrics(kept)
+
+    def _epochs(self, count: int) -> list[dict]:
+        """The first so many epochs."""
+        epochs = [line for line in self.metrics() if line["epoch"] <= count]
+        if len(epochs) < count:
+            raise UserError(
+                f"{self.path}: metrics.jsonl has {len(epochs)} of {count} epochs: {BRING_BACK}"
+            )
+        return epochs
 
     def write_metrics(self, epochs: list[dict]) -> None:
         """Replaces `metrics.jsonl` whole."""
@@ -202,8 +237,11 @@ class RunFolder:
         """Puts down one epoch: its line of metrics, and the cosines (samples,) of each layer.
 
         Cosines of earlier epochs that are not there, in a run out of a log say, become NaN.
+
+        Raises UserError if the metrics of earlier epochs are not there.
         """
         done = metrics["epoch"] - 1
+        epochs = self._epochs(done)
         before, whole = self.angles(), {}
         for layer, row in angles.items():
             whole[layer] = np.full((done + 1, len(row)), np.nan, np.float32)
@@ -211,7 +249,7 @@ class RunFolder:
             whole[layer][: len(known)] = known
             whole[layer][done] = row
         self._write_angles(whole)
-        self.write_metrics([*self.metrics(), metrics])
+        self.write_metrics([*epochs, metrics])
 
     def log(self, *lines: str) -> None:
         """Appends lines to `log.txt`, with the time and a checksum; the run must be started."""

@@ -18,7 +18,8 @@ from mltools.data import DataSet
 from mltools.errors import UserError, one_line
 from mltools.files import reading
 from mltools.logs import epoch_lines
-from mltools.results import RunFolder, diverged, rounded
+from mltools.records import diverged
+from mltools.results import RunFolder, rounded
 from mltools.training import Experiment, Trainer
 
 CHECKPOINT = {
@@ -159,11 +160,6 @@ def _resume(trainer: Trainer, folder: RunFolder, settings: dict) -> tuple[int, i
         trainer.load_state_dict(checkpoint)
     epoch = checkpoint["epoch"]
     folder.rewind(epoch)
-    if len(folder.metrics()) < epoch:
-        raise UserError(
-            f"{folder.path}: metrics.jsonl lacks epochs before the checkpoint's, {epoch}: "
-            "bring them back with log_retrieval.py, or move the folder away"
-        )
     return epoch, checkpoint["batch"], checkpoint["seconds"]
 
 

@@ -192,10 +192,11 @@ def run(script: str, experiments: Sequence[Experiment], options: Options) -> Non
     todo: list[Job] = []
     aside = []
     with processes.rank_zero_first():
+        data = load(options.dataset, options.data_dir)
         for seed in options.seeds:
             for experiment in experiments:
                 folder = folder_of(script, experiment.name, seed, options)
-                settings = settings_of(experiment, seed, options)
+                settings = settings_of(experiment, seed, data, options)
                 try:
                     folder.check(settings)
                     if folder.complete():
@@ -206,7 +207,6 @@ def run(script: str, experiments: Sequence[Experiment], options: Options) -> Non
                     aside.append(folder)
                 todo.append(Job(experiment, folder, settings))
         if todo:
-            data = load(options.dataset, options.data_dir)
             cost = {
                 network: network.multiply_adds(data.input_shape, data.classes)
                 for network in {job.experiment.network for job in todo}
@@ -285,12 +285,13 @@ def runs_of(
     }
 
 
-def settings_of(experiment: Experiment, seed: int, options: Options) -> dict:
+def settings_of(experiment: Experiment, seed: int, data: DataSet, options: Options) -> dict:
     """What a run's results depend on; two runs with the same settings give the same results."""
     return {
         "experiment": dataclasses.asdict(experiment),
         "seed": seed,
-        "dataset": options.dataset,
+        "dataset": data.name,
+        "data_crc32": data.crc32,
         "epochs": options.epochs,
         "batch_size": options.batch_size,
         "feedback_placement": options.feedback_placement,

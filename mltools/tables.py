@@ -11,7 +11,8 @@ from pathlib import Path
 
 from mltools.errors import UserError
 from mltools.files import write_text
-from mltools.results import RunFolder, diverged
+from mltools.records import diverged
+from mltools.results import RunFolder
 
 Spread = tuple[float, float | None]
 """A mean, and a standard deviation where there is more than one value to take it over."""

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import best_practices
-from mltools.data import import_torchvision, load
+from mltools.data import DataSet, import_torchvision, load
 from mltools.sweep import Options, folder_of, runs_of, settings_of
 from mltools.training import Trainer
 
@@ -186,7 +186,8 @@ def test_the_release_stands_beside_runs_of_its_protocol_only(tmp_path, name, opt
     options = Options(**{"dataset": "CIFAR-10", "data_dir": tmp_path, **options},
                       results_dir=tmp_path, seeds=(0,))  # fmt: skip
     folder = folder_of("best_practices", name, 0, options)
-    folder.start(settings_of(ROWS[name], 0, options), {})
+    data = DataSet(options.dataset, 10, (3, 32, 32), None, None)
+    folder.start(settings_of(ROWS[name], 0, data, options), {})
     accuracies = {"train_accuracy": 12.25, "test_accuracy": 12.5}
     folder.write_metrics(
         [{"epoch": options.epochs, "train_loss": 1.0, "test_loss": 1.0, **accuracies}]

@@ -16,8 +16,9 @@ import pytest
 import torch
 
 import log_retrieval
+from dfatools import DFA, DFALayer
 from mltools.data import load
-from mltools.logs import CNN_LAYERS, epoch_lines, parse, sealed
+from mltools.logs import epoch_lines, parse, sealed
 from mltools.networks import Network
 from mltools.results import RunFolder
 from mltools.runs import train
@@ -115,13 +116,24 @@ def test_the_releases_log_comes_back_under_our_names():
     assert [run.epochs[epoch]["seconds"] for epoch in run.epochs] == [1.25, 2.25, 3.25, None]
 
 
-def test_the_names_of_the_releases_cnn_are_put_right():
-    shifted = ["0_Tanh()", "1_MaxPool2d(3)", "2_Conv2d(32)", "3_Tanh()", "4_MaxPool2d(3)"]
-    shifted += ["5_Conv2d(64)", "6_Tanh()", "7_MaxPool2d(3)", "8_Flatten()", "9_Linear(576)"]
-    shifted += ["10_Tanh()", "11_Linear(128)", "12_Linear(128)"]
-    (run,), _ = parse(release_log(layers=shifted, epochs=1))
-    assert list(run.epochs[1]["alignment"]) == list(CNN_LAYERS)
-    assert run.epochs[1]["alignment"]["flat"]["mean"] == 0.1009
+POOLED = ["Conv2d", "Tanh", "MaxPool2d"]
+NORMALISED = ["Conv2d", "Tanh", "BatchNorm2d", "MaxPool2d"]
+
+
+@pytest.mark.parametrize("modules, network", [
+    ([*3 * POOLED, "Flatten", "Linear", "Tanh", "Linear"], {}),
+    ([*3 * NORMALISED, "Flatten", "Linear", "Tanh", "BatchNorm1d", "Linear"], {"batchnorm": True}),
+    (["Dropout2d", *3 * POOLED, "Flatten", "Linear", "Dropout", "Tanh", "Linear"],
+     {"dropout_input": 0.1, "dropout_fc": 0.5}),
+], ids=["plain", "batchnorm", "dropout"])  # fmt: skip
+def test_the_names_of_the_releases_cnn_are_put_right(modules, network):
+    shifted = [*modules[1:], modules[-1]]
+    layers = [f"{position}_{module}()" for position, module in enumerate(shifted)]
+    (run,), _ = parse(release_log(layers=layers, epochs=1))
+    ours = Network("cnn", **network).build((3, 32, 32), 10).named_children()
+    names = [name for name, module in ours if not isinstance(module, (DFA, DFALayer))]
+    assert list(run.epochs[1]["alignment"]) == names
+    assert run.epochs[1]["alignment"][names[9]]["mean"] == 0.1009
 
 
 @pytest.mark.parametrize("log", [own_log, release_log])
@@ -355,13 +367,17 @@ def test_a_seed_that_cannot_be_read_is_not_guessed():
     assert len(skipped) == 1 and skipped[0].reason.startswith("damaged line: Seeding")
 
 
-def test_a_cnn_of_unknown_layers_keeps_their_positions_as_names():
+@pytest.mark.parametrize("epochs, names", [
+    (2, ["conv1", "act1", "bn1", "maxp1"]), (1, ["0", "1", "3"])
+])  # fmt: skip
+def test_a_line_that_is_lost_in_all_epochs_leaves_a_cnn_its_positions_as_names(epochs, names):
     layers = ["0_Tanh()", "1_BatchNorm2d(32)", "2_MaxPool2d(3)", "3_Conv2d(32)"]
-    data = release_log(layers=layers, epochs=2)
+    data = release_log(layers=layers, epochs=epochs)
     at = data.index(b"2_MaxPool2d")
     (run,), skipped = parse(data[:at] + b"\xff" + data[at:])
-    assert list(run.epochs[2]["alignment"]) == ["0", "1", "2", "3"]
-    assert skipped[-1].reason.endswith("epoch 1 lacks the alignment of 2")
+    assert list(run.epochs[epochs]["alignment"]) == names
+    gaps = [] if epochs == 1 else ["std-118/seed-0: epoch 1 lacks the alignment of bn1"]
+    assert [skip.reason for skip in skipped] == gaps
 
 
 def test_several_logs_and_runs_go_where_their_names_say(tmp_path, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """A run's folder: what is written comes back, and what is damaged is said, not guessed."""
 
+import fcntl
 import json
 import zlib
 
@@ -98,6 +99,46 @@ def test_a_run_is_finished_at_its_last_epoch_or_when_it_diverged(folder):
     assert folder.finished()
     folder.write_metrics([epoch(1), epoch(2, loss=None)])
     assert folder.finished() and diverged(folder.metrics()[-1])
+
+
+def test_a_finished_run_is_complete_without_its_weights(folder):
+    folder.write_metrics([epoch(1), epoch(2), epoch(3)])
+    for name, complete in (("checkpoint.pt", False), ("state.pt", True)):
+        assert folder.complete()
+        (folder.path / name).touch()
+        assert folder.complete() == complete
+        (folder.path / name).unlink()
+
+
+@pytest.mark.parametrize("kept", [0, 2])
+def test_a_finished_run_that_lost_metrics_is_not_begun_again(folder, kept):
+    folder.write_metrics([epoch(1), epoch(2), epoch(3)][:kept])
+    (folder.path / "state.pt").touch()
+    with pytest.raises(UserError, match="metrics.jsonl has lost epochs: move it away and bring"):
+        folder.complete()
+
+
+def test_a_run_that_lost_its_checkpoint_is_not_begun_again(folder):
+    folder.write_metrics([epoch(1)])
+    assert not folder.complete()  # a run killed there begins again
+    folder.write_metrics([epoch(1), epoch(2)])
+    with pytest.raises(UserError, match="checkpoint.pt, where this run would go on, is not there"):
+        folder.complete()
+    (folder.path / "checkpoint.pt").touch()
+    assert not folder.complete()
+
+
+def test_a_folder_that_was_set_aside_meanwhile_is_not_locked(folder, monkeypatch):
+    flock = fcntl.flock
+
+    def late(file, flags):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        folder.set_aside()
+        flock(file, flags)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(UserError, match="has set this run aside: try again"), folder.locked():
+        pass
 
 
 def test_the_checksums_are_those_of_the_json_text_one_after_the_other(folder):

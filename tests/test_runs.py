@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import TensorDataset
 
+import log_retrieval
 from dfatools import DFA, DFALayer, prealign
 from mltools import results, runs, training
 from mltools.data import DataSet, Part, TrainingLoader
@@ -417,12 +418,38 @@ def interrupted(path, epochs):
     return RunFolder(path)
 
 
-def test_metrics_that_were_lost_before_the_checkpoint_are_not_trained_over(tmp_path):
-    folder = interrupted(tmp_path / "run", 2)
-    folder.rewind(1)
-    with pytest.raises(UserError, match="metrics.jsonl lacks epochs before the checkpoint's, 2"):
-        run(tmp_path / "run", Experiment("bp", SMALL, **BP))
-    assert len(folder.metrics()) == 1
+@pytest.mark.parametrize("kept", [0, 1, None])
+def test_metrics_that_were_lost_before_the_checkpoint_are_brought_back(tmp_path, monkeypatch, kept):
+    experiment = Experiment("bp", SMALL, **BP)
+    whole, _ = run(tmp_path / "whole" / "bp" / "seed-4", experiment)
+    folder = interrupted(tmp_path / "bp" / "seed-4", 2)
+    lost = folder.path / "metrics.jsonl"
+    if kept is None:
+        lost.unlink()
+    else:
+        folder.write_metrics(folder.metrics()[:kept])
+    before = {path: path.read_bytes() for path in folder.path.iterdir()}
+    with pytest.raises(UserError, match=f"has {kept or 0} of 2 epochs: move it away and bring it"):
+        run(folder.path, experiment)
+    assert {path: path.read_bytes() for path in folder.path.iterdir()} == before
+    lost.unlink(missing_ok=True)
+    monkeypatch.setattr("sys.argv", ["", str(folder.path / "log.txt"), "--output", str(tmp_path)])
+    assert log_retrieval.main() == 0
+    run(folder.path, experiment)
+    assert outcome(folder) == outcome(whole)
+
+
+def test_metrics_that_are_lost_while_the_run_goes_on_end_it(tmp_path):
+    calls = []
+
+    def lose():
+        calls.append(None)
+        if len(calls) == 2:
+            (tmp_path / "metrics.jsonl").unlink()
+
+    with pytest.raises(UserError, match="has 0 of 2 epochs"):
+        run(tmp_path, REGULAR_RUN, epoch_ended=lose)
+    assert RunFolder(tmp_path).metrics() == [] and (tmp_path / "checkpoint.pt").exists()
 
 
 def test_a_diverged_run_that_was_killed_before_its_end_does_not_train_on(tmp_path):
