@@ -41,6 +41,7 @@ INITS = {"std": "standard init", "pai": "pre-alignment"}
 LAYERS = ["act1", "act2", "act3"]
 SIZE = "bottleneck size"
 BOTTLENECK = "act2"  # the output of the bottleneck layer
+FRONT = ("lin1", "act1")  # whose cosine in the 2019 release's logs is no measure of alignment
 
 
 def write_report(runs: Mapping[str, Sequence[RunFolder]], folder: Path) -> str:
@@ -59,15 +60,20 @@ def write_report(runs: Mapping[str, Sequence[RunFolder]], folder: Path) -> str:
         found = [name for name, size in named.items() if size]
         found.sort(key=lambda name: (name.rsplit("-", 1)[0] != f"{prefix}std", named[name]))
         rows, published = [], []
+        courses = {}
         for name in found:
             rows.append(summarise(name, runs[name]))
+            courses[name] = curves(runs[name])
+            if _of_the_release(rows[-1]):
+                for alignment in (rows[-1].alignment, courses[name].alignment):
+                    for layer in FRONT:
+                        alignment.pop(layer, None)
             published += reference_row(rows[-1], PUBLISHED, "published")
         if rows:
             both = [row for one in rows for row in (one, *_beside(one, published))]
             tables.append(Table(f"{title}: {protocols(rows)}", both, LAYERS))
             figures += _figures(rows, published, prefix, title, folder)
             shown |= {name: runs[name] for name in found}
-            courses = {name: curves(runs[name]) for name in found}
             figures += _epochs_figures(courses, prefix, title, folder)
     if not tables:
         raise UserError("there is no run of a bottleneck: rows are called std-118, pai-118, ...")
@@ -80,6 +86,11 @@ def write_report(runs: Mapping[str, Sequence[RunFolder]], folder: Path) -> str:
 def _size(name: str, prefix: str) -> int | None:
     match = re.fullmatch(rf"{prefix}(?:std|pai)-(\d+)(?:, published)?", name)
     return int(match[1]) if match else None
+
+
+def _of_the_release(row: Row) -> bool:
+    """Whether the row comes out of a log of the 2019 release, which does not say the network."""
+    return list(row.settings.get("experiment", {})) == ["name"] and row.settings["batch_size"]
 
 
 def _beside(row: Row, published: list[Row]) -> list[Row]:
@@ -147,13 +158,17 @@ def _epochs_figures(
     ]
 
 
-def runs_below(folder: Path) -> dict[str, list[RunFolder]]:
-    """`<experiment>/seed-<n>/` in a results folder."""
-    configs = sorted(folder.glob("*/seed-*/config.json"))
-    runs: dict[str, list[RunFolder]] = {}
-    for config in configs:
-        runs.setdefault(config.parent.parent.name, []).append(RunFolder(config.parent))
-    return runs
+def runs_below(*folders: Path) -> dict[str, list[RunFolder]]:
+    """`<experiment>/seed-<n>/` in results folders; of each seed one, the first that is finished."""
+    runs: dict[str, dict[str, RunFolder]] = {}
+    for folder in folders:
+        for config in sorted(folder.glob("*/seed-*/config.json")):
+            run = RunFolder(config.parent)
+            seeds = runs.setdefault(run.path.parent.name, {})
+            seed = run.path.name.partition("-attempt-")[0]  # as log_retrieval.py calls a second one
+            if seed not in seeds or not seeds[seed].finished():
+                seeds[seed] = run
+    return {name: list(seeds.values()) for name, seeds in runs.items()}
 
 
 def main() -> None:
@@ -166,19 +181,17 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     folders = [source for source in arguments.sources if source.is_dir()]
+    logs = [retrieve(source) for source in arguments.sources if source not in folders]
     output = arguments.output or (folders[0] if folders else None)
     if output is None:
         parser.error("with logs alone, --output says where the figures go")
-    with tempfile.TemporaryDirectory() as retrieved:
-        for source in arguments.sources:
-            if source not in folders:
-                for run in retrieve(source):
-                    restore(run, Path(retrieved))
-        runs: dict[str, list[RunFolder]] = {}
-        for folder in (*folders, Path(retrieved)):
-            for name, found in runs_below(folder).items():
-                runs.setdefault(name, []).extend(found)
-        print(write_report(runs, output))
+    with tempfile.TemporaryDirectory() as temporary:
+        retrieved = []
+        for i, runs in enumerate(logs):
+            retrieved.append(Path(temporary, str(i)))
+            for run in runs:
+                restore(run, retrieved[-1])
+        print(write_report(runs_below(*folders, *retrieved), output))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@
 It reads our own log.txt and the logs of the 2019 release. With --output results/bottleneck, say,
 `bottleneck.py --tables-only` and `bottleneck_from_log.py` take what comes out for the original; a
 metrics.jsonl that is already there is left as it is. What was skipped is said on stderr. The exit
-code is 0 if something was recovered, 1 if nothing, 2 for bad usage.
+code is 0 if something was recovered, 1 if nothing, 2 for bad usage, say a log that is not there.
 """
 
 import argparse
@@ -36,27 +36,32 @@ def main() -> int:
         help="where the folders go (default: lines to stdout instead)",
     )
     arguments = parser.parse_args()
-    recovered = False
-    try:
-        for path in arguments.logs:
+    recovered = refused = False
+    for path in arguments.logs:
+        try:
             for run in retrieve(path):
+                _put(run, arguments.output)
                 recovered = True
-                if arguments.output is None:
-                    for line in sealed_metrics(in_order(run), checksum(run.settings)):
-                        print(json.dumps({"run": run.name, **line}))
-                elif restore(run, arguments.output):
-                    print(f"{arguments.output / run.name}: {len(run.epochs)} epochs")
-                else:
-                    print(f"{arguments.output / run.name}: has its metrics.jsonl, left as it is")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename}: {one_line(error)}", file=sys.stderr)
-        return 2
-    if not recovered:
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            refused = True  # the next log may be a good one
+        except OSError as error:
+            print(f"error: {error.filename}: {one_line(error)}", file=sys.stderr)
+            return 2
+    if not (recovered or refused):
         print("error: no epoch of any run was found", file=sys.stderr)
-    return 0 if recovered else 1
+    return 2 if refused else 0 if recovered else 1
+
+
+def _put(run: Run, output: Path | None) -> None:
+    """Restores a run below `output` and says so, or prints its lines."""
+    if output is None:
+        for line in sealed_metrics(in_order(run), checksum(run.settings)):
+            print(json.dumps({"run": run.name, **line}))
+    elif restore(run, output):
+        print(f"{output / run.name}: {len(run.epochs)} epochs")
+    else:
+        print(f"{output / run.name}: has its metrics.jsonl, left as it is")
 
 
 def retrieve(path: Path) -> list[Run]:

@@ -39,9 +39,7 @@ def exit_code(main: Callable[[], None]) -> int:
     except OSError as error:
         where = error.filename2 or error.filename
         what = f"{where}: {one_line(error)}" if where else one_line(error)
-        message = (
-            f"error: {what}; once that is mended, the same command goes on after the last epoch"
-        )
+        message = f"error: {what}; once that is mended, the same command goes on from there"
         code = 1
     if processes.rank() > 0:  # most often, rank 0 has the same to say
         if code == 130:

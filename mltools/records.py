@@ -149,6 +149,26 @@ def settings_problem(settings: object) -> str | None:
     return _problem(settings, SETTINGS)
 
 
+def differences(there: dict, asked: dict) -> str:
+    """What differs between the settings of two runs, in a few words; nothing if they are equal."""
+    there, asked = _flat(there), _flat(asked)
+    return "; ".join(
+        f"{key} is {there.get(key)!r} there, now {asked.get(key)!r}"
+        for key in sorted({*there, *asked})
+        if there.get(key) != asked.get(key)
+    )
+
+
+def _flat(nested: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
 def diverged(metrics: Metrics) -> bool:
     """Whether this epoch ended with a loss that is no number."""
     return metrics["train_loss"] is None or metrics["test_loss"] is None

@@ -31,6 +31,7 @@ from mltools.errors import UserError
 from mltools.files import reading, remove_leftovers, write_atomically, write_text
 from mltools.records import (
     checksum,
+    differences,
     diverged,
     metrics_problem,
     sealed,
@@ -77,16 +78,11 @@ class RunFolder:
         config = self.config()
         if config is None:
             return
-        there, asked = _flat(config["settings"]), _flat(json.loads(json.dumps(settings)))
-        differing = [
-            f"{key} is {there.get(key)!r} there, now {asked.get(key)!r}"
-            for key in sorted({*there, *asked})
-            if there.get(key) != asked.get(key)
-        ]
+        differing = differences(config["settings"], json.loads(json.dumps(settings)))
         if differing:
             raise UserError(
-                f"{self.path} holds a run with other settings ({'; '.join(differing)}): "
-                "choose another --results-dir, or set that folder aside with --force"
+                f"{self.path} holds a run with other settings ({differing}): choose another "
+                "--results-dir, or set that folder aside with --force"
             )
 
     @contextmanager
@@ -136,6 +132,8 @@ class RunFolder:
                 lines = path.read_bytes().split(b"\n")
             except FileNotFoundError:
                 return []
+            if len(lines) > 1 and self.config() is None:
+                raise ValueError("config.json, which it belongs to, is not there")
         epochs: list[dict] = []
         start = self._checksum()
         for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is torn
@@ -273,13 +271,3 @@ class RunFolder:
 def rounded(value: float) -> float | None:
     """A number of `metrics.jsonl`, as precise as in the log; what is no number is null in JSON."""
     return round(float(value), 4) if math.isfinite(value) else None
-
-
-def _flat(nested: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in nested.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from mltools.errors import UserError
 from mltools.files import write_text
-from mltools.records import diverged
+from mltools.records import differences, diverged
 from mltools.results import RunFolder
 
 Spread = tuple[float, float | None]
@@ -42,7 +43,8 @@ class Row:
 def summarise(name: str, folders: Sequence[RunFolder]) -> Row:
     """Reads the runs of one experiment, one per seed asked for; only finished ones count.
 
-    Raises UserError if they are not runs of the same settings, or if a file is damaged.
+    Raises UserError if they are not this experiment's, or not of the same settings and of the seeds
+    that their folders are named after, or if a file is damaged.
     """
     last: dict[str, dict] = {}
     settings: dict = {}
@@ -55,6 +57,7 @@ def summarise(name: str, folders: Sequence[RunFolder]) -> Row:
             broken += 1
         else:
             last[folder.path.name] = metrics[-1]
+            _check_place(folder.path, name, config["settings"])
             settings = _same(settings, config["settings"], folder.path)
     notes = [f"{broken} diverged"] * bool(broken) + [f"{missing} not finished"] * bool(missing)
     row = Row(name, seeds=len(last), settings=settings, note=", ".join(notes))
@@ -98,21 +101,36 @@ def reference_row(row: Row, path: Path, source: str) -> list[Row]:
 
 def protocols(rows: Sequence[Row]) -> str:
     """What rows were run with, for a title."""
-    found = {
-        f"{settings['dataset']}, {settings['epochs']} epochs, batch {settings['batch_size']}, "
-        f"feedback placement {settings['feedback_placement']}": None
-        for settings in (row.settings for row in rows)
-        if settings
-    }
+    found = {_protocol(row.settings): None for row in rows if row.settings}
     return "; ".join(found) or "no finished run"
+
+
+def _protocol(settings: dict) -> str:
+    precision = settings.get("precision", "float32")
+    return (
+        f"{settings['dataset']}, {settings['epochs']} epochs, batch {settings['batch_size']}, "
+        f"feedback placement {settings['feedback_placement']}"
+        + (f", {precision}" if precision != "float32" else "")
+    )
+
+
+def _check_place(path: Path, name: str, settings: dict) -> None:
+    """A folder that was renamed would be taken for what it is not."""
+    experiment = settings.get("experiment", {}).get("name", name)
+    seed = "unknown" if settings["seed"] is None else settings["seed"]
+    again = r"(-attempt-\d+)?"  # of a log that holds the run twice
+    if experiment != name or not re.fullmatch(rf"seed-{seed}{again}", path.name):
+        raise UserError(
+            f"{path} holds {experiment} with seed {seed}: move it where it belongs, or away"
+        )
 
 
 def _same(settings: dict, others: dict, path: Path) -> dict:
     own = {key: value for key, value in others.items() if key != "seed"}
     if settings and own != settings:
         raise UserError(
-            f"{path} was run with other settings than the seeds before it: "
-            "they cannot stand in one row"
+            f"{path} was run with other settings than the seeds before it "
+            f"({differences(settings, own)}): they cannot stand in one row"
         )
     return own
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_logs import release_log
 
 import bottleneck
 import bottleneck_from_log
@@ -125,10 +126,10 @@ def test_figures_from_logs_need_no_training_code(sweep):
     subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
 
 
-def retrieved(path, name, test, cosine, **settings):
-    folder = RunFolder(path / name / "seed-0")
+def retrieved(path, name, test, cosine, seed=0, **settings):
+    folder = RunFolder(path / name / f"seed-{seed}")
     common = {"dataset": "CIFAR-10", "epochs": 50, "batch_size": 128}
-    folder.start({**common, "feedback_placement": "release", "seed": 0, **settings}, {})
+    folder.start({**common, "feedback_placement": "release", "seed": seed, **settings}, {})
     folder.write_metrics(
         [
             {
@@ -320,6 +321,32 @@ def test_a_run_that_comes_from_its_folder_and_from_its_log_counts_once(copied, m
     assert (folder / "table.csv").read_bytes() == before
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_log_of_the_release_counts_each_run_once_and_shows_no_cosine_in_front(
+    tmp_path, monkeypatch, capsys, times
+):
+    log, output = tmp_path / "log.txt", tmp_path / "out"
+    log.write_bytes(times * release_log())
+    assert call(bottleneck_from_log, monkeypatch, capsys, log, "--output", output)[0] == 0
+    (row,) = cells_of(output).values()
+    assert row["seeds"] == "1" and row["act2_mean"] == "0.4003"
+    assert not {"lin1_mean", "act1_mean"} & row.keys()
+    assert call(log_retrieval, monkeypatch, capsys, log, "--output", output)[0] == 0
+    (line, *_) = RunFolder(output / "std-118/seed-0").metrics()
+    assert line["alignment"]["act1"]["mean"] == 0.1001  # the log's numbers are all there
+
+
+def test_a_run_that_was_begun_again_in_a_log_counts_as_what_it_became(
+    tmp_path, monkeypatch, capsys
+):
+    log, output = tmp_path / "log.txt", tmp_path / "out"
+    whole = release_log()
+    log.write_bytes(whole[: whole.index(b"EPOCH 3")] + b"\n" + whole)
+    assert call(bottleneck_from_log, monkeypatch, capsys, log, "--output", output)[0] == 0
+    (row,) = cells_of(output).values()
+    assert (row["seeds"], row["note"], row["test_accuracy_mean"]) == ("1", "", "24.5")
+
+
 def test_logs_alone_need_an_output_and_a_run(tmp_path, monkeypatch, capsys):
     log = tmp_path / "log.txt"
     log.write_text("nothing here\n")
@@ -349,10 +376,8 @@ def test_nothing_published_stands_beside_another_protocol(tmp_path, name, settin
 
 def test_the_published_numbers_are_not_in_our_means(tmp_path):
     for seed, test in enumerate((40.0, 42.0)):
-        retrieved(tmp_path / f"{seed}", "std-118", test, 0.7)
-        (tmp_path / f"{seed}/std-118/seed-0").rename(tmp_path / f"seed-{seed}")
-    runs = {"std-118": [RunFolder(tmp_path / f"seed-{seed}") for seed in (0, 1)]}
-    bottleneck_from_log.write_report(runs, tmp_path)
+        retrieved(tmp_path, "std-118", test, 0.7, seed)
+    bottleneck_from_log.write_report(bottleneck_from_log.runs_below(tmp_path), tmp_path)
     ours, published = cells_of(tmp_path).values()
     assert [float(ours[f"test_accuracy_{part}"]) for part in ("mean", "std")] == [
         41, pytest.approx(2**0.5)

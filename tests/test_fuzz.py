@@ -12,7 +12,7 @@ import re
 import shutil
 import zipfile
 import zlib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from threading import Event
 from unittest.mock import Mock
@@ -292,7 +292,7 @@ def same(one, other):
 
 
 def a_copy(runs, tmp_path):
-    folder = RunFolder(tmp_path / "results" / "best_practices" / "fc-tanh" / "seed-0")
+    folder = RunFolder(tmp_path / "results" / "best_practices" / NAME / "seed-0")
     shutil.copytree(runs[1][0].path, folder.path)
     return folder
 
@@ -496,12 +496,14 @@ def test_bottleneck_from_log_of_damaged_logs_and_folders(runs, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl"])
-def test_tables_of_damaged_folders(runs, tmp_path, start, name):
+def test_tables_of_damaged_folders(runs, tmp_path, start, monkeypatch, name):
     folder = a_copy(runs, tmp_path)
+    row = replace(best_practices.EXPERIMENTS[0], name=NAME)
+    monkeypatch.setattr(best_practices, "EXPERIMENTS", [row])
     path, other = folder.path / name, (runs[1][1].path / name).read_bytes()
     data = path.read_bytes()
     arguments = ("--tables-only", "--results-dir", tmp_path / "results", "--dataset", "Digits")
-    arguments = (*arguments, "--experiments", "fc-tanh", "--seeds", 0)
+    arguments = (*arguments, "--seeds", 0)
     code, whole, _ = start(best_practices.main, *arguments)
     assert code == 0 and "1 not finished" not in whole
     for number, mutant in mutants(name, data, other, COMMANDS):

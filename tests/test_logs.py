@@ -380,6 +380,19 @@ def test_a_line_that_is_lost_in_all_epochs_leaves_a_cnn_its_positions_as_names(e
     assert [skip.reason for skip in skipped] == gaps
 
 
+def test_a_log_that_cannot_be_taken_does_not_keep_the_next_one_from_it(
+    tmp_path, monkeypatch, capsys
+):
+    first, second, good = tmp_path / "missing.txt", tmp_path / "other.txt", tmp_path / "log.txt"
+    second.write_bytes(own_log("cnn-tanh", epochs=4))  # of other settings than what is there
+    RunFolder(tmp_path / "cnn-tanh/seed-0").start(settings_of("cnn-tanh", epochs=3), {})
+    good.write_bytes(own_log())
+    code, out, err = retrieve(monkeypatch, capsys, first, second, good, "--output", tmp_path)
+    assert code == 2 and out == f"{tmp_path}/fc-tanh/seed-0: 5 epochs\n"
+    lines = err.splitlines()
+    assert len(lines) == 2 and "missing.txt" in lines[0] and "epochs is 3 there, now 4" in lines[1]
+
+
 def test_several_logs_and_runs_go_where_their_names_say(tmp_path, monkeypatch, capsys):
     first, second = tmp_path / "a.txt", tmp_path / "b.txt"
     first.write_bytes(release_log() + release_log())

@@ -207,7 +207,7 @@ def test_lines_that_are_lost_moved_doubled_or_another_runs_are_found(folder, tmp
 def test_metrics_without_their_settings_are_not_believed(folder):
     folder.write_metrics([epoch(1)])
     (folder.path / "config.json").unlink()
-    with pytest.raises(UserError, match="line 1 cannot be read"):
+    with pytest.raises(UserError, match="metrics.jsonl cannot be read .config.json, which"):
         folder.metrics()
 
 

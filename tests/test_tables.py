@@ -81,6 +81,32 @@ def test_runs_of_different_settings_do_not_share_a_row(tmp_path):
         summarise("fc", folders)
 
 
+def test_how_settings_differ_is_said(tmp_path):
+    folders = [run(tmp_path / f"seed-{i}", 40.0, 50.0, batch_size=8 + i) for i in (0, 1)]
+    with pytest.raises(UserError, match=r"\(batch_size is 8 there, now 9\)"):
+        summarise("fc", folders)
+
+
+@pytest.mark.parametrize("name, place", [
+    ("fc-relu", "seed-0"), ("fc", "seed-1"), ("fc", "seed-00"), ("fc", "seed-0-copy")
+])  # fmt: skip
+def test_a_folder_that_was_renamed_is_refused(tmp_path, name, place):
+    folder = run(tmp_path / "seed-0", 40.0, 50.0, experiment={"name": "fc"})
+    assert summarise("fc", [folder]).seeds == 1
+    moved = RunFolder(folder.path.rename(tmp_path / place))
+    with pytest.raises(UserError, match=f"{place} holds fc with seed 0: move it where it belongs"):
+        summarise(name, [moved])
+
+
+def test_a_title_says_the_precision_unless_it_is_the_papers(tmp_path):
+    rows = [
+        summarise("fc", [run(tmp_path / precision / "seed-0", 40.0, 50.0, precision=precision)])
+        for precision in ("float32", "bf16")
+    ]
+    first, second = protocols(rows).split("; ")
+    assert "float32" not in first and second == f"{first}, bf16"
+
+
 def test_the_three_forms_hold_the_same_numbers(tmp_path):
     rows = [
         Row("a_b", (40.12345, 1.5), (50.0, None), {"act1": (0.25, 0.0625)}, "a_b/seed-0", 2),
