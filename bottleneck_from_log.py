@@ -35,11 +35,11 @@ from mltools.tables import Row, Table, protocols, reference_row, summarise, writ
 PUBLISHED = Path(__file__).parent / "reference" / "published_bottleneck.json"
 KINDS = {
     "": "Gradient bottleneck in the second layer",
-    "width-": "Second layer of this many units",
+    "width-": "Bottleneck of b units as the second layer",
 }
 INITS = {"std": "standard init", "pai": "pre-alignment"}
 LAYERS = ["act1", "act2", "act3"]
-SIZE = "bottleneck size"
+SIZE = "bottleneck size b"
 BOTTLENECK = "act2"  # the output of the bottleneck layer
 FRONT = ("lin1", "act1")  # whose cosine in the 2019 release's logs is no measure of alignment
 
@@ -133,6 +133,7 @@ def _epochs_figures(
     rows: dict[str, Curves], prefix: str, title: str, folder: Path
 ) -> list[Figure | None]:
     """Alignment and accuracy against epochs: the panels of an initialisation in a row."""
+    layers = [layer for layer in LAYERS if any(row.alignment.get(layer) for row in rows.values())]
     alignment, accuracy = [], []
     for init, label in INITS.items():
         sized = {
@@ -143,13 +144,13 @@ def _epochs_figures(
         if sized:
             aligned = {
                 layer: {size: row.alignment.get(layer, {}) for size, row in sized.items()}
-                for layer in LAYERS
+                for layer in layers
             }
             halves = {
                 half: {size: getattr(row, half) for size, row in sized.items()}
                 for half in ("test", "train")
             }
-            alignment.append([Panel(f"{label}, {layer}", aligned[layer]) for layer in LAYERS])
+            alignment.append([Panel(f"{label}, {layer}", aligned[layer]) for layer in layers])
             accuracy.append([Panel(f"{label}, {half}", halves[half], half) for half in halves])
     stems = [folder / f"{prefix}{what}-epochs" for what in ("alignment", "accuracy")]
     return [

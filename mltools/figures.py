@@ -158,7 +158,8 @@ def epochs_figure(
     """Draws panels against epochs, each line with a band of one standard deviation around it.
 
     Args:
-        grid: rows of panels, all of the same length; those below each other share their y axis.
+        grid: rows of panels, all of the same length; those below each other share their y axis, and
+            cosines all of them.
         title: for the caption.
         ylabel: what all of them show.
         stem: where to, without the suffix.
@@ -181,7 +182,7 @@ def epochs_figure(
         len(grid[0]),
         figsize=(PAGE, 0.5 + 1.75 * len(grid)),
         sharex=True,
-        sharey="col",
+        sharey="all" if ylabel == COSINE else "col",
         squeeze=False,
         layout="constrained",
     )
@@ -324,6 +325,9 @@ def sweep_figure(
     axes.xaxis.set_minor_formatter(LogFormatter())  # plain numbers too, where there is room
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
+    if ylabel.startswith("cosine"):  # bars may go beyond what there is
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, -1.05), min(high, 1.05))
     axes.set_title(title)
     _legend(figure, handles)
     return _save(

@@ -37,7 +37,8 @@ figcaption { font-size: 0.875rem; margin-top: 0.4rem; }
 HOW_TO_READ = (
     "Accuracies are in percent, after the last epoch: mean ± standard deviation (n - 1) over as "
     "many runs as the column seeds counts; the train accuracy is the running one of the last "
-    "epoch. cos is the cosine between the DFA signal and the BP gradient at the output of a layer: "
+    "epoch. cos is the cosine between the DFA signal and the BP gradient at the output of a layer, "
+    "of which act1 is the activation of the first hidden block: "
     "mean ± standard deviation over the samples of the one run named beside it. Runs that "
     "diverged or are not finished are in none of these numbers and in no figure."
 )
