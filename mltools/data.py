@@ -42,6 +42,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from mltools.archives import read_arrays
 from mltools.errors import UserError, one_line
 from mltools.files import reading, write_atomically
+from mltools.processes import cores
 
 if TYPE_CHECKING:  # its import may fail, see import_torchvision
     from torchvision.datasets import VisionDataset
@@ -371,7 +372,7 @@ def _stream(
         part.dataset,
         batch_size,
         sampler=None if order is None else order.tolist(),
-        num_workers=_workers(),
+        num_workers=min(8, cores()),
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # else it draws from the global random state
     )
@@ -392,11 +393,6 @@ def _absent(path: Path) -> bool:
     except OSError:  # say a folder without permission: no reason to fetch, and `_read` tells
         pass
     return False
-
-
-def _workers() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(8, cores or 1)
 
 
 def _permutation(length: int, *key: int) -> Tensor:

@@ -22,7 +22,7 @@ from matplotlib.ticker import LogFormatter, MaxNLocator
 from mltools.files import write_atomically
 from mltools.records import diverged
 from mltools.results import RunFolder
-from mltools.tables import Spread, Table
+from mltools.tables import Spread, Table, spread
 
 COLUMN, PAGE = 3.4, 7.0  # inches
 matplotlib.rcParams.update(
@@ -345,10 +345,7 @@ def _add(values: dict[int, list[float]], epoch: int, value: float | None) -> Non
 
 
 def _spreads(values: dict[int, list[float]]) -> dict[int, Spread]:
-    return {
-        epoch: (float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else None)
-        for epoch, v in sorted(values.items())
-    }
+    return {epoch: spread(over_seeds) for epoch, over_seeds in sorted(values.items())}
 
 
 def _look(i: int) -> dict[str, str]:

@@ -37,8 +37,14 @@ def own_device(name: str) -> str:
 def own_threads() -> int:
     """How many threads each process of this machine can have a core for."""
     # torchrun has set OMP_NUM_THREADS to 1, so that PyTorch does not know.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, (cores or 1) // int(os.environ["LOCAL_WORLD_SIZE"]))
+    return max(1, cores() // int(os.environ["LOCAL_WORLD_SIZE"]))
+
+
+def cores() -> int:
+    """How many this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @contextmanager

@@ -62,8 +62,8 @@ def summarise(name: str, folders: Sequence[RunFolder]) -> Row:
     notes = [f"{broken} diverged"] * bool(broken) + [f"{missing} not finished"] * bool(missing)
     row = Row(name, seeds=len(last), settings=settings, note=", ".join(notes))
     if last:
-        row.test = _spread([metrics["test_accuracy"] for metrics in last.values()])
-        row.train = _spread([metrics["train_accuracy"] for metrics in last.values()])
+        row.test = spread([metrics["test_accuracy"] for metrics in last.values()])
+        row.train = spread([metrics["train_accuracy"] for metrics in last.values()])
         first, shown = next(iter(last.items()))
         row.alignment = {
             layer: (cosine["mean"], cosine["std"])
@@ -135,7 +135,8 @@ def _same(settings: dict, others: dict, path: Path) -> dict:
     return own
 
 
-def _spread(values: list[float]) -> Spread:
+def spread(values: Sequence[float]) -> Spread:
+    """Of one value or more."""
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
 
 

@@ -1,14 +1,11 @@
 """What the tests of the scripts share."""
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from mltools.errors import exit_code
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 @pytest.fixture

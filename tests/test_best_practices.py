@@ -54,10 +54,17 @@ def test_the_rows_are_the_papers():
         assert row.normalization == ("no-normalization" not in name)
         assert not row.prealigned
         if name.endswith("-bp"):
-            assert row.training_method == "bp"
+            rates = {"fc-bp": 0.01, "cnn-bp": 0.05}
+            assert (row.training_method, row.learning_rate) == ("bp", rates[name])
         else:
             protocol = (row.training_method, row.reduction, row.learning_rate)
             assert protocol == ("dfa", "sum", 5e-4)
+
+
+def test_the_tables_show_every_activation():
+    for _, architecture, layers in best_practices.ARCHITECTURES:
+        model = ROWS[f"{architecture}-tanh"].network.build((3, 32, 32), 10)
+        assert layers == [name for name, _ in model.named_children() if name.startswith("act")]
 
 
 def test_the_defaults_are_the_papers():

@@ -60,7 +60,7 @@ def folder(tmp_path):
 @pytest.fixture
 def streaming(monkeypatch):
     monkeypatch.setattr(data, "fits", lambda size, device: False)
-    monkeypatch.setattr(data, "_workers", lambda: 1)
+    monkeypatch.setattr(data, "cores", lambda: 1)
 
 
 # Reading
@@ -398,7 +398,7 @@ def test_images_are_scaled_by_the_shorter_side_and_cropped_at_the_centre():
 
 
 def test_imagenet_streams_and_is_never_written(tmp_path, small, monkeypatch):
-    monkeypatch.setattr(data, "_workers", lambda: 1)
+    monkeypatch.setattr(data, "cores", lambda: 1)
     image_folder(tmp_path / "imagenet")
     net = load("ImageNet", tmp_path)
     assert (net.input_shape, len(net.train), len(net.test)) == ((3, 8, 8), 6, 4)
@@ -545,7 +545,7 @@ def test_a_device_with_two_names_holds_a_part_once():
 @pytest.mark.parametrize("resident", [True, False])
 def test_an_epoch_is_taken_up_at_any_batch(device, resident, monkeypatch):
     monkeypatch.setattr(data, "fits", lambda size, device: resident)
-    monkeypatch.setattr(data, "_workers", lambda: 1)
+    monkeypatch.setattr(data, "cores", lambda: 1)
     loader = TrainingLoader(part(), 4, device, 3)
     assert loader.resident == resident and len(loader) == 5
     whole = list(loader.epoch(6))
@@ -598,7 +598,7 @@ def test_streaming_gives_the_same_batches(device, epoch, streaming, monkeypatch)
 
 
 def test_the_global_random_state_is_left_alone(monkeypatch):
-    monkeypatch.setattr(data, "_workers", lambda: 1)
+    monkeypatch.setattr(data, "cores", lambda: 1)
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     whole = DataSet("CIFAR-10", 10, (3, 4, 5), part(), part()).split()
     list(TrainingLoader(whole.train, 5, "cpu").epoch(0))

@@ -17,6 +17,7 @@ import faults
 import pytest
 import torch
 
+from mltools import logs
 from mltools.results import RunFolder
 
 KILLS = 25 * int(os.environ.get("DFA_SOAK", "1"))
@@ -62,6 +63,8 @@ def outcome(results):
     weights = {name: tensor.tolist() for name, tensor in state.items()}
     tables = {file.name: file.read_text() for file in sorted(results.glob("*/table.*"))}
     files = sorted(file.name for file in path.iterdir())
+    (logged,), _ = logs.parse((path / "log.txt").read_bytes())
+    assert logged.epochs == {epoch["epoch"]: epoch for epoch in folder.metrics()}
     return metrics, angles, weights, tables, files
 
 

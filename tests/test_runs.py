@@ -3,11 +3,13 @@
 import json
 import math
 import random
+import subprocess
 import threading
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from torch.utils.data import TensorDataset
 
 import log_retrieval
 from dfatools import DFA, DFALayer, prealign
-from mltools import results, runs, training
+from mltools import checkpoints, results, runs, training
 from mltools.data import DataSet, Part, TrainingLoader
 from mltools.errors import UserError
 from mltools.logs import epoch_lines
@@ -29,6 +31,7 @@ from mltools.training import Experiment
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+ROOT = Path(log_retrieval.__file__).parent
 CPU = torch.device("cpu")
 SMALL = Network(hidden=(8, 7, 6))
 BP = {"training_method": "bp", "learning_rate": 0.5}
@@ -336,6 +339,9 @@ def test_a_finished_run_leaves_the_files_of_the_design(tmp_path):
     assert config["settings"] == json.loads(json.dumps(settings_of(REGULAR_RUN)))
     assert config["environment"]["torch"] == torch.__version__
     assert config["environment"]["device"] == "cpu"
+    git = ["git", "-C", ROOT, "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    assert config["environment"]["commit"] == (commit or None)
     for metrics in folder.metrics():
         assert list(metrics) == [
             "epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "alignment",
@@ -450,6 +456,27 @@ def test_metrics_that_are_lost_while_the_run_goes_on_end_it(tmp_path):
     with pytest.raises(UserError, match="has 0 of 2 epochs"):
         run(tmp_path, REGULAR_RUN, epoch_ended=lose)
     assert RunFolder(tmp_path).metrics() == [] and (tmp_path / "checkpoint.pt").exists()
+
+
+def test_the_seconds_of_an_epoch_go_on_where_it_was_stopped(tmp_path):
+    experiment, stop = Experiment("bp", SMALL, **BP), threading.Event()
+    step = training.Trainer.step
+
+    def stopping(trainer):
+        stop.set()
+        return step(trainer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.Trainer, "step", stopping)
+        folder, _ = run(tmp_path, experiment, stop=stop)
+    path = tmp_path / "checkpoint.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    assert (checkpoint["epoch"], checkpoint["batch"]) == (0, 1) and checkpoint["seconds"] > 0
+    with open(path, "wb") as file:
+        checkpoints.save(file, {**checkpoint, "seconds": 1000.0})
+    run(tmp_path, experiment)
+    first, *later = folder.metrics()
+    assert first["seconds"] > 1000 and all(metrics["seconds"] < 1000 for metrics in later)
 
 
 def test_a_diverged_run_that_was_killed_before_its_end_does_not_train_on(tmp_path):

@@ -7,14 +7,17 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 
 import best_practices
-from mltools import runs
+from mltools import runs, sweep
 from mltools.data import load
 from mltools.errors import UserError
 from mltools.results import RunFolder
@@ -26,6 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(best_practices.__file__).parent
 TWO_EPOCHS = "--dataset Digits --device cpu --batch-size 300 --epochs 2".split()
 ROW = "fc-dropout-0.1-0.5"
+HALVES = ("train", "test")
 
 
 def outcome(folder):
@@ -97,6 +101,49 @@ def test_each_run_on_cuda_has_a_stream(start, tmp_path, monkeypatch):
         best_practices.main, "--device", "cuda", "--parallel-runs", 33, "--results-dir", tmp_path
     )
     assert code == 2 and err.count("\n") == 1 and "at most 32 on CUDA" in err
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_the_precision_is_that_of_the_run(start, tmp_path, precision):
+    command = [*TWO_EPOCHS, "--experiments", ROW, "--seeds", "0", "--results-dir", tmp_path]
+    assert start(best_practices.main, *command, "--precision", precision)[0] == 0
+    assert folder(tmp_path).config()["settings"]["precision"] == precision
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
+def test_what_pytorch_is_told_of_arithmetic(monkeypatch, precision, deterministic):
+    said = "tf32" if precision == "tf32" else "ieee"
+    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = matmul.fp32_precision, conv.fp32_precision
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    options = Options("Digits", Path("d"), Path("r"), precision=precision)
+    try:
+        sweep._set_arithmetic(replace(options, deterministic=deterministic))
+        assert (matmul.fp32_precision, conv.fp32_precision) == (said, said)
+        assert torch.are_deterministic_algorithms_enabled() == deterministic
+        assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == deterministic
+    finally:
+        matmul.fp32_precision, conv.fp32_precision = before
+        torch.use_deterministic_algorithms(False)
+
+
+def test_other_data_under_the_same_name_is_refused(start, tmp_path):
+    random = np.random.default_rng(0)
+    arrays = {f"x_{half}": random.integers(0, 256, (40, 28, 28), np.uint8) for half in HALVES}
+    arrays |= {f"y_{half}": random.integers(0, 10, 40, np.uint8) for half in HALVES}
+    command = ["--dataset", "MNIST", "--data-dir", tmp_path, "--device", "cpu", "--epochs", "1",
+               "--batch-size", "20", "--experiments", ROW, "--seeds", "0"]  # fmt: skip
+    command += ["--results-dir", tmp_path / "results"]
+    np.savez(tmp_path / "mnist.npz", **arrays)
+    assert start(best_practices.main, *command)[0] == 0
+    said = folder(tmp_path / "results").config()["settings"]["data_crc32"]
+    whole = b"".join(arrays[f"{kind}_{half}"].tobytes() for half in HALVES for kind in "xy")
+    assert said == f"{zlib.crc32(whole):08x}"
+    arrays["x_test"][0, 0, 0] ^= 1
+    np.savez(tmp_path / "mnist.npz", **arrays)
+    code, _, err = start(best_practices.main, *command)
+    assert code == 2 and err.count("\n") == 1 and f"data_crc32 is '{said}' there, now" in err
 
 
 def test_tf32_needs_cuda(start, tmp_path):

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
+import dfatools
+from mltools import training
 from mltools.data import DataSet, Part
 from mltools.layers import Conv2d, Linear, MaxPool2d, Tanh
 from mltools.networks import Network
@@ -196,6 +198,41 @@ def test_the_graphs_of_a_thread_share_their_memory(monkeypatch):
             pool.submit(trainer(FC).capture).result()
     here, again, elsewhere = (graph.pool for graph in graphs)
     assert here == again != elsewhere
+
+
+def test_alignment_leaves_the_generators_to_nobody_who_changes_them(monkeypatch):
+    measured = []
+
+    def measure(*arguments):
+        measured.append(training._process._together)
+        return dfatools.measure_alignment(*arguments)
+
+    monkeypatch.setattr(training, "measure_alignment", measure)
+    trainer(FC).alignment()
+    assert measured == [1] and training._process._together == 0
+
+
+def test_one_thread_alone_waits_for_those_together():
+    process, order = training._Process(), []
+    inside, leave = threading.Event(), threading.Event()
+
+    def together():
+        with process.together(), process.together():
+            inside.set()
+            leave.wait()
+            order.append("together")
+
+    def alone():
+        with process.alone():
+            order.append("alone")
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(together)
+        inside.wait()
+        second = pool.submit(alone)
+        leave.set()
+        first.result(), second.result()
+    assert order == ["together", "alone"]
 
 
 def test_streamed_data_is_not_captured(monkeypatch):
