@@ -42,7 +42,7 @@ def with_checksum(text, start=0):
 
 def write(path, settings=SETTINGS, epoch=EPOCH):
     """A run of one epoch by hand; what is text already is taken as it is."""
-    path.mkdir()
+    path.mkdir(parents=True)
     if not isinstance(settings, str):
         settings = json.dumps(settings)
     config = f'{{"settings": {settings}, "environment": {{}}}}'
@@ -150,7 +150,9 @@ def test_settings_that_cannot_be_are_one_line(tmp_path, settings):
 
 def test_a_diverged_epoch_and_a_lost_cosine_are_no_damage(tmp_path):
     lost = {"act1": {"mean": None, "std": None}, "act2": {"mean": 0.5, "std": None}}
-    row = summarise("fc", [write(tmp_path / "a", epoch=changed(EPOCH, "alignment", lost))])
+    folder = write(tmp_path / "a" / "seed-0", epoch=changed(EPOCH, "alignment", lost))
+    row = summarise("fc", [folder])
     assert row.test == (39.0, None) and row.alignment == {"act2": (0.5, None)}
     diverged = {**EPOCH, "train_loss": None, "train_accuracy": None}
-    assert summarise("fc", [write(tmp_path / "b", epoch=diverged)]).note == "1 diverged"
+    folder = write(tmp_path / "b" / "seed-0", epoch=diverged)
+    assert summarise("fc", [folder]).note == "1 diverged"
