@@ -90,7 +90,9 @@ def _size(name: str, prefix: str) -> int | None:
 
 def _of_the_release(row: Row) -> bool:
     """Whether the row comes out of a log of the 2019 release, which does not say the network."""
-    return list(row.settings.get("experiment", {})) == ["name"] and row.settings["batch_size"]
+    return list(row.settings.get("experiment", {})) == ["name"] and (
+        row.settings["batch_size"] is not None  # which the heading of our own logs does not say
+    )
 
 
 def _beside(row: Row, published: list[Row]) -> list[Row]:
