@@ -18,8 +18,8 @@ def measure_alignment(
 
     It is the cosine of the alignment angle of Section 2.2: 1 is BP's direction, 0 a right angle.
     Both are taken on one forward pass, in eval mode; no parameter's gradient is computed. The
-    model's mode, its gradients and the random state are as before afterwards, but for what drawing
-    the feedback matrix takes, if there is none yet.
+    model's mode, its gradients and the random state are as before afterwards, but for a pass that
+    draws the feedback matrix, if there is none yet.
 
     Args:
         model: a network with one `DFA` at its output, called once per pass, before `torch.compile`.
@@ -127,6 +127,7 @@ def probe(model: nn.Module, x: Tensor, y: Tensor, loss: Callable) -> dict[str, l
             # Inputs are looked up behind the outputs, once each.
             sources = list({id(s): s for _, s, _ in calls if s is not None}.values())
             signals = dfa.signals(error, [point.shape for point in points])
+            signals = [signal.to(point.device) for signal, point in zip(signals, points)]
             grads = torch.autograd.grad(
                 outputs + points, tensors + sources, [error, *signals], allow_unused=True
             )
@@ -152,7 +153,8 @@ def _is_leaf(name: str, module: nn.Module) -> bool:
     """Whether it holds no other modules, those that compute its own parameters aside."""
     parametrizations = "parametrizations"  # torch.nn.utils.parametrize's name for them
     inside = parametrizations in name.split(".")
-    return not inside and all(child == parametrizations for child, _ in module.named_children())
+    children = [child for name, child in module.named_children() if name != parametrizations]
+    return not inside and not any(children)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ layer, and no product with a transposed weight matrix is ever formed.
 import math
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 
 import torch
@@ -31,10 +32,11 @@ class DFALayer(nn.Module):
     It learns which `DFA` it belongs to when it is given to one. Called several times in one
     forward pass (shared weights, recurrence), it feeds back at each call.
 
-    A module that holds the `DFA` makes a whole pass in each call, so a recurrence goes inside. When
-    it comes to this point again, what another pass has left, because it raised or was of a part of
-    the network, is forgotten. Nothing tells it from a recurrence where parts are called from plain
-    code: call a part whose output does not go on to the `DFA` under `torch.no_grad()`.
+    Where a module that holds the `DFA` comes to this point again in another call, that is a new
+    pass, and what is left of one that raised, or was of a part of the network, is forgotten: a
+    recurrence goes inside one call. In plain code nothing tells such remains from a recurrence, nor
+    do they from a pass by another way: call a part whose output does not go on to the `DFA` under
+    `torch.no_grad()`, and the whole so after an error.
 
     It may stand inside what `torch.utils.checkpoint` computes again (`use_reentrant=False`), except
     under `torch.compile`. In a module given to FSDP2's `fully_shard` it comes first, not last: FSDP
@@ -240,7 +242,7 @@ class DFA(nn.Module):
         samples = rows.shape[0] * _processes() if self.reduction == "sum" else 1
         sizes = [shape[self.batch_dims :].numel() for shape in shapes]
         # One product serves all points: they share its columns, up to their scale.
-        with torch.autocast(matrix.device.type, enabled=False):  # a backward pass may be under it
+        with _without_autocast(matrix.device.type):  # a backward pass may be under it
             common = rows.to(matrix.device, matrix.dtype) @ matrix[:, : max([0, *sizes])]
         common = common.to(error.device)
         by_size = {size: common[:, :size] * (samples * self._scale(size)) for size in set(sizes)}
@@ -270,10 +272,12 @@ class DFA(nn.Module):
         point is called again in another call of a module that holds this DFA, that is a new pass.
         """
         call = None if torch.compiler.is_compiling() else _outermost_module_call()
-        if call is not None:
-            earlier = {other for other, its_call, _ in self._pending if its_call is not call}
-            if index in earlier and self in call.f_locals["self"].modules():
-                self._pending = [entry for entry in self._pending if entry[1] is call]
+        if call is not None and self._pending and self._pending[0][1] is not call:
+            # What was compiled has no call, and goes with what was noted next to it.
+            others = [i for i, entry in enumerate(self._pending) if entry[1] not in (None, call)]
+            again = any(self._pending[i][0] == index for i in others)
+            if again and self in call.f_locals["self"].modules():
+                del self._pending[: others[-1] + 1]
         self._pending.append((index, call, hidden))
 
     def _prepare(self, output: Tensor) -> None:
@@ -338,9 +342,8 @@ class DFA(nn.Module):
         if key not in state_dict:
             return
         if self.feedback_matrix is None:
-            dtype = self.feedback_dtype or torch.promote_types(state_dict[key].dtype, torch.float32)
             self.feedback_matrix = torch.empty_like(
-                state_dict[key], device=self.feedback_device, dtype=dtype
+                state_dict[key], device=self.feedback_device, dtype=self.feedback_dtype
             )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         # With assign=True, it has come as it was in the checkpoint.
@@ -372,6 +375,12 @@ def _memory_format(images: Tensor) -> torch.memory_format:
     if last and not images.is_contiguous() and images.is_contiguous(memory_format=last):
         return last
     return torch.contiguous_format
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager:
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def _processes() -> int:

@@ -33,16 +33,16 @@ def prealign(
         RuntimeError: as for `measure_alignment`.
     """
     kinds = nn.Embedding, *WEIGHT_LAYERS
-    layers = {name: model.get_submodule(name) for name in probe(model, x, y, loss)}
-    layers = {name: layer for name, layer in layers.items() if isinstance(layer, kinds)}
-    for name, layer in reversed(list(layers.items())[1:]):
-        if not isinstance(layer, nn.Linear):
-            continue
+    layers = [(name, model.get_submodule(name)) for name in probe(model, x, y, loss)]
+    _, *behind = [(name, layer) for name, layer in layers if isinstance(layer, kinds)]
+    linears = [(name, layer) for name, layer in behind if isinstance(layer, nn.Linear)]
+    for name, layer in linears:
+        if parametrize.is_parametrized(layer, "weight"):
+            raise ValueError(f"pre-alignment sets weights; {name} computes its own from others")
+    for name, layer in reversed(linears):
         calls = probe(model, x, y, loss)[name]
         if len(calls) > 1:
             raise ValueError(f"pre-alignment needs each Linear to be used once; {name} is not")
-        if parametrize.is_parametrized(layer, "weight"):
-            raise ValueError(f"pre-alignment sets weights; {name} computes its own from others")
         signal, gradient = calls[0].dfa_input, calls[0].bp
         if signal is None:  # nothing is learned before it
             continue

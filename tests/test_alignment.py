@@ -302,6 +302,16 @@ def test_a_feedback_matrix_drawn_here_is_drawn_once():
     assert not torch.equal(torch.randn(4, 9, dtype=torch.float64), matrices[1])
 
 
+def test_it_is_measured_in_inference_mode_too():
+    model = fc()
+    x, y = batch()
+    expected = measure_alignment(model, x, y, F.cross_entropy)
+    with torch.inference_mode():
+        found = measure_alignment(model, x, y, F.cross_entropy)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0)
+
+
 def test_a_bottleneck_s_generator_is_as_before():
     torch.manual_seed(0)
     bottleneck, point = BottleneckLinear(6, 9, 0.5), DFALayer()
@@ -360,15 +370,16 @@ class Positions(nn.Module):
         return x + self.table(torch.arange(3)).sum(0)
 
 
-def test_outputs_that_are_not_of_samples_are_left_out():
+@pytest.mark.parametrize("samples", [8, 6])  # 6 is a size of the weight, too
+def test_outputs_that_are_not_of_samples_are_left_out(samples):
     torch.manual_seed(0)
     positions, first = Positions(), weight_norm(nn.Linear(7, 6))
     model = dfa_from_bp(nn.Sequential(first, positions, nn.Tanh(), nn.Linear(6, 4))).double()
-    x, y = batch()
+    x, y = batch(samples=samples)
     cosines = measure_alignment(model, x, y, F.cross_entropy)
     assert list(cosines) == ["0", "2", "3"]  # nor is the weight of the first layer one
-    assert all(len(values) == 8 for values in cosines.values())
-    torch.testing.assert_close(cosines["3"], torch.ones(8, dtype=torch.float64))
+    assert all(len(values) == samples for values in cosines.values())
+    torch.testing.assert_close(cosines["3"], torch.ones(samples, dtype=torch.float64))
 
 
 def test_an_output_of_one_number_per_sample():

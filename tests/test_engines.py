@@ -103,6 +103,46 @@ def test_a_compiled_recurrence():
     assert_close(gradients(compiled, x, y), gradients(model, x, y), 1e-12)
 
 
+class HalfCompiled(Recurrent):
+    """The first of three calls of a cell with its point is compiled, or all that the limit lets."""
+
+    compiled = 1
+
+    def forward(self, x):
+        step = torch.compile(self.step, backend="aot_eager")
+        for i in range(3):
+            x = step(x) if i in range(self.compiled) else self.step(x)
+        return self.dfa(self.head(x))
+
+    def step(self, x):
+        return self.point(torch.tanh(self.cell(x)))
+
+
+@pytest.mark.parametrize("compiled", [1, 2, 3])
+def test_a_recurrence_that_is_compiled_in_part(compiled):
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model = HalfCompiled().double()
+    x, y = batch()
+    model.compiled = 0
+    expected = gradients(model, x, y)
+    model.compiled = compiled
+    for _ in range(2):
+        assert_close(gradients(model, x, y), expected, 1e-12)
+
+
+def test_what_a_part_leaves_is_told_from_what_was_compiled():
+    torch.compiler.reset()
+    model = fc().double()
+    x, y = batch()
+    expected = gradients(model, x, y)
+    first = torch.compile(model[:3], backend="aot_eager")
+    model.forward = lambda x: nn.Sequential.forward(model[3:], first(x))
+    assert_close(gradients(model, x, y), expected, 1e-12)
+    model[3:6](torch.randn(8, 9, dtype=x.dtype))
+    assert_close(gradients(model, x, y), expected, 1e-12)
+
+
 def test_a_compiled_model_takes_images_of_several_sizes():
     torch.compiler.reset()
     torch.manual_seed(0)

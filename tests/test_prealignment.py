@@ -187,10 +187,12 @@ def test_where_nothing_arrives_weights_are_kept():
 
 
 def test_a_weight_that_is_computed_is_refused():
-    model = network((7, 6, 4))
+    model = network((7, 6, 5, 4))
     weight_norm(linears(model)[1])
+    last = linears(model)[2].weight.clone()
     with pytest.raises(ValueError, match="3 computes its own from others"):
         prealign(model, *batch(8), F.cross_entropy)
+    assert torch.equal(linears(model)[2].weight, last)
 
 
 def test_a_linear_that_is_used_twice_is_refused():
