@@ -28,6 +28,7 @@ from mltools.figures import (
     epochs_figure,
     sweep_figure,
 )
+from mltools.records import differences
 from mltools.report import write_html
 from mltools.results import RunFolder
 from mltools.tables import Row, Table, protocols, reference_row, summarise, write_tables
@@ -41,6 +42,7 @@ INITS = {"std": "standard init", "pai": "pre-alignment"}
 LAYERS = ["act1", "act2", "act3"]
 SIZE = "bottleneck size b"
 BOTTLENECK = "act2"  # the output of the bottleneck layer
+RUN = "*/seed-*/config.json"  # below a results folder
 FRONT = ("lin1", "act1")  # whose cosine in the 2019 release's logs is no measure of alignment
 
 
@@ -162,16 +164,28 @@ def _epochs_figures(
 
 
 def runs_below(*folders: Path) -> dict[str, list[RunFolder]]:
-    """`<experiment>/seed-<n>/` in results folders; of each seed one, the first that is finished."""
+    """`<experiment>/seed-<n>/` in results folders; of each seed one, the first that is finished.
+
+    Raises UserError if two of one seed are, with other settings.
+    """
     runs: dict[str, dict[str, RunFolder]] = {}
-    for folder in folders:
-        for config in sorted(folder.glob("*/seed-*/config.json")):
-            run = RunFolder(config.parent)
-            seeds = runs.setdefault(run.path.parent.name, {})
-            seed = run.path.name.partition("-attempt-")[0]  # as log_retrieval.py calls a second one
-            if seed not in seeds or not seeds[seed].finished():
-                seeds[seed] = run
+    for config in (path for folder in folders for path in sorted(folder.glob(RUN))):
+        run = RunFolder(config.parent)
+        seeds = runs.setdefault(run.path.parent.name, {})
+        seed = run.path.name.partition("-attempt-")[0]  # as log_retrieval.py calls a second one
+        known = seeds.get(seed)
+        if known is None or not known.finished():
+            seeds[seed] = run
+        elif run.finished():
+            differing = differences(_settings(known), _settings(run))
+            if differing:
+                raise UserError(f"{known.path} and {run.path} ({differing}): give one of the two")
     return {name: list(seeds.values()) for name, seeds in runs.items()}
+
+
+def _settings(run: RunFolder) -> dict:
+    config = run.config()
+    return config["settings"] if config else {}
 
 
 def main() -> None:

@@ -7,7 +7,7 @@
 It reads our own log.txt and the logs of the 2019 release. With --output results/bottleneck, say,
 `bottleneck.py --tables-only` and `bottleneck_from_log.py` take what comes out for the original; a
 metrics.jsonl that is already there is left as it is. What was skipped is said on stderr. The exit
-code is 0 if something was recovered, 1 if nothing, 2 for bad usage, say a log that is not there.
+code is 0 if something was recovered, 1 if nothing, 2 for bad usage, or if a log could not be taken.
 """
 
 import argparse
@@ -26,7 +26,8 @@ from mltools.results import RunFolder
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
-        epilog="Exit code: 0 if something was recovered, 1 if nothing, 2 for bad usage.",
+        epilog="Exit code: 0 if something was recovered, 1 if nothing, 2 for bad usage, or if a "
+        "log could not be taken.",
     )
     parser.add_argument("logs", type=Path, nargs="+", metavar="LOG", help="a log file")
     parser.add_argument(

@@ -46,6 +46,9 @@ def capture(
             steps()
         finally:
             graph.capture_end()
+    except BaseException:
+        vars(_thread).clear()  # a pool whose recording has failed may take no other
+        raise
     finally:
         restore()
     # The host waits here, asleep, for what it launched before: within the driver it would spin.

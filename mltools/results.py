@@ -40,7 +40,8 @@ from mltools.records import (
     unsealed,
 )
 
-BRING_BACK = "move it away and bring it back out of log.txt with log_retrieval.py"
+RETRIEVE = "move it away and bring it back out of log.txt with log_retrieval.py"
+BRING_BACK = f"{RETRIEVE}, or move the folder away"
 FILES = ("config.json", "metrics.jsonl", "angles.npz", "log.txt", "checkpoint.pt", "state.pt")
 
 
@@ -127,7 +128,7 @@ class RunFolder:
         Raises UserError if an earlier line is damaged, or another run's.
         """
         path = self.path / "metrics.jsonl"
-        with reading(path, BRING_BACK):
+        with reading(path, RETRIEVE):
             try:
                 lines = path.read_bytes().split(b"\n")
             except FileNotFoundError:
@@ -137,7 +138,7 @@ class RunFolder:
         epochs: list[dict] = []
         start = self._checksum()
         for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is torn
-            with reading(f"{path}: line {number}", BRING_BACK):
+            with reading(f"{path}: line {number}", RETRIEVE):
                 epoch = unsealed(line, start)
                 problem = metrics_problem(epoch)
                 if problem:
@@ -153,21 +154,22 @@ class RunFolder:
             return False
         return metrics[-1]["epoch"] >= config["settings"]["epochs"] or diverged(metrics[-1])
 
-    def complete(self) -> bool:
-        """Whether nothing is left to do: the metrics reach the end, and there is no checkpoint.
+    def ended(self) -> bool:
+        """Whether nothing is left to do: the metrics reach the end, and there is no checkpoint."""
+        return self.finished() and not (self.path / "checkpoint.pt").exists()
 
-        Raises UserError if the run can neither go on nor begin without losing epochs.
+    def complete(self) -> bool:
+        """As `ended`, of a run that nobody else is at work on.
+
+        Raises UserError if files are lost without which it can neither go on nor begin again.
         """
-        checkpoint, state = self.path / "checkpoint.pt", self.path / "state.pt"
-        if checkpoint.exists():
+        if (self.path / "checkpoint.pt").exists():
             return False
-        # Of the first epoch there are metrics before there is a checkpoint.
-        begun = state.exists() or len(self.metrics()) > 1
-        if self.finished():
+        if self.ended():
             return True
-        if begun and not checkpoint.exists():
-            if state.exists():
-                raise UserError(f"{self.path}: metrics.jsonl has lost epochs: {BRING_BACK}")
+        if (self.path / "state.pt").exists():
+            raise UserError(f"{self.path}: metrics.jsonl has lost epochs: {BRING_BACK}")
+        if self.metrics():
             raise UserError(
                 f"{self.path}: checkpoint.pt, where this run would go on, is not there: put it "
                 "back, or set the folder aside with --force"

@@ -149,6 +149,7 @@ def _resume(trainer: Trainer, folder: RunFolder, settings: dict) -> tuple[int, i
     checkpoint = checkpoints.load(path, CHECKPOINT)
     if checkpoint is None:
         folder.rewind(0)
+        _save(trainer, folder, settings, 0)  # so that there are no epochs without a checkpoint
         return 0, 0, 0.0
     if checkpoint["settings"] != json.dumps(settings):
         raise UserError(f"{path} is another run's: put this run's back, or move its folder away")

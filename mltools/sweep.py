@@ -265,7 +265,7 @@ def _train(todo: Sequence[Job], data: DataSet, options: Options) -> None:
                 for future in futures:
                     future.result()
             for job in todo:
-                processes.wait(job.folder.complete, stop)
+                processes.wait(job.folder.ended, stop)
     if stop.is_set():
         raise KeyboardInterrupt
 

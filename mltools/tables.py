@@ -127,10 +127,11 @@ def _check_place(path: Path, name: str, settings: dict) -> None:
 
 def _same(settings: dict, others: dict, path: Path) -> dict:
     own = {key: value for key, value in others.items() if key != "seed"}
-    if settings and own != settings:
+    differing = differences(settings, own) if settings else ""
+    if differing:
         raise UserError(
-            f"{path} was run with other settings than the seeds before it "
-            f"({differences(settings, own)}): they cannot stand in one row"
+            f"{path} was run with other settings than the seeds before it ({differing}): they "
+            "cannot stand in one row"
         )
     return own
 

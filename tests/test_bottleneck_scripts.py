@@ -347,6 +347,16 @@ def test_a_run_that_was_begun_again_in_a_log_counts_as_what_it_became(
     assert (row["seeds"], row["note"], row["test_accuracy_mean"]) == ("1", "", "24.5")
 
 
+def test_two_runs_of_one_seed_that_differ_are_refused(tmp_path, monkeypatch, capsys):
+    for i, changes in enumerate(({}, {"batch_size": 64}, {"batch_size": 32, "epochs": 51})):
+        retrieved(tmp_path / str(i), "std-118", 40.0, 0.7, **changes)
+    one, other, unfinished = (tmp_path / str(i) for i in range(3))
+    code, _, err = call(bottleneck_from_log, monkeypatch, capsys, one, unfinished, other)
+    assert code == 2 and "batch_size is 128 there, now 64" in err and err.count("\n") == 1
+    assert call(bottleneck_from_log, monkeypatch, capsys, unfinished, one)[0] == 0
+    assert cells_of(unfinished)["std-118"]["seeds"] == "1"
+
+
 def test_logs_alone_need_an_output_and_a_run(tmp_path, monkeypatch, capsys):
     log = tmp_path / "log.txt"
     log.write_text("nothing here\n")

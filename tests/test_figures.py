@@ -151,6 +151,22 @@ def test_accuracy_is_solid_for_test_and_dashed_for_train_and_a_row_looks_alike_e
     assert len({looks(line) for line in test.lines}) == 3
 
 
+@pytest.mark.parametrize("ylabel, shared", [(figures.COSINE, True), ("accuracy (%)", False)])
+def test_cosines_of_all_layers_share_their_axis(drawn, tmp_path, ylabel, shared):
+    panels = [Panel(str(top), {"fc": {1: (0.0, None), 2: (top, None)}}) for top in (0.1, 0.9)]
+    figures.epochs_figure([panels], "", ylabel, tmp_path / "figure")
+    low, high = (axes.get_ylim() for axes in drawn[0].axes)
+    assert (low == high) == shared
+
+
+def test_a_bar_beyond_what_a_cosine_can_be_does_not_stretch_the_axis(drawn, tmp_path):
+    series = [figures.Series("std", {1: (0.5, 0.9), 8: (-0.9, 0.4)})]
+    for ylabel in ("cosine at the layer", "accuracy (%)"):
+        figures.sweep_figure(series, "", "b", ylabel, tmp_path / "figure")
+    (low, high), others = (figure.axes[0].get_ylim() for figure in drawn)
+    assert (low, high) == (-1.05, 1.05) and others[0] < -1.3 and others[1] > 1.4
+
+
 def test_one_epoch_of_one_seed_is_a_marker_at_a_whole_number(drawn, tmp_path):
     row = figures.curves([run(tmp_path / "seed-0", [0.25])])
     figures.alignment_figure({"other": Curves(), "fc": row}, ["act1"], "", tmp_path / "figure")

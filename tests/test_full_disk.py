@@ -52,10 +52,9 @@ def test_a_full_disk_ends_a_run_that_goes_on_once_there_is_room(small_disk, tmp_
     folder = RunFolder(path)
     assert folder.metrics()[0]["epoch"] == 1
     checkpoint = torch.load(path / "checkpoint.pt", weights_only=True)
-    assert checkpoint["epoch"] >= 1
+    assert checkpoint["epoch"] == 0  # whole, as it was before the one that has no room
 
     subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
     assert sweep(small_disk / "results").returncode == 0
-    assert "going on after epoch" in (path / "log.txt").read_text()
     assert sweep(tmp_path / "whole").returncode == 0
     assert outcome(small_disk / "results") == outcome(tmp_path / "whole")

@@ -104,9 +104,9 @@ def test_a_run_is_finished_at_its_last_epoch_or_when_it_diverged(folder):
 def test_a_finished_run_is_complete_without_its_weights(folder):
     folder.write_metrics([epoch(1), epoch(2), epoch(3)])
     for name, complete in (("checkpoint.pt", False), ("state.pt", True)):
-        assert folder.complete()
+        assert folder.complete() and folder.ended()
         (folder.path / name).touch()
-        assert folder.complete() == complete
+        assert folder.complete() == folder.ended() == complete
         (folder.path / name).unlink()
 
 
@@ -114,14 +114,15 @@ def test_a_finished_run_is_complete_without_its_weights(folder):
 def test_a_finished_run_that_lost_metrics_is_not_begun_again(folder, kept):
     folder.write_metrics([epoch(1), epoch(2), epoch(3)][:kept])
     (folder.path / "state.pt").touch()
+    assert not folder.ended()
     with pytest.raises(UserError, match="metrics.jsonl has lost epochs: move it away and bring"):
         folder.complete()
 
 
 def test_a_run_that_lost_its_checkpoint_is_not_begun_again(folder):
+    assert not folder.complete()
     folder.write_metrics([epoch(1)])
-    assert not folder.complete()  # a run killed there begins again
-    folder.write_metrics([epoch(1), epoch(2)])
+    assert not folder.ended()
     with pytest.raises(UserError, match="checkpoint.pt, where this run would go on, is not there"):
         folder.complete()
     (folder.path / "checkpoint.pt").touch()
@@ -290,3 +291,10 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
 def test_numbers_have_four_decimals_and_what_is_none_is_null():
     assert rounded(0.123456) == 0.1235
     assert rounded(float("nan")) is None and rounded(float("inf")) is None
+
+
+def test_an_error_names_the_file_and_not_the_one_in_its_place(tmp_path):
+    path = tmp_path / "missing" / "file"
+    with pytest.raises(FileNotFoundError) as error:
+        write_atomically(path, lambda file: None)
+    assert error.value.filename == str(path)

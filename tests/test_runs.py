@@ -529,8 +529,8 @@ def test_a_thread_has_a_stream_and_its_backward_passes(monkeypatch):
         yield
         current.pop()
 
-    def seen():
-        with runs._beside_others(torch.device("cuda:1")):
+    def seen(device="cuda:1"):
+        with runs._beside_others(torch.device(device)):
             return current[-1], torch._C._is_multithreading_enabled()
 
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
@@ -542,4 +542,5 @@ def test_a_thread_has_a_stream_and_its_backward_passes(monkeypatch):
     (stream, multithreading), (again, _) = seen(), seen()
     assert stream is again is not elsewhere and not multithreading
     assert devices == [torch.device("cuda:1")] * 2
+    assert seen("cuda")[0] is not stream and len(devices) == 2  # "cuda" is the current one
     assert not current and torch._C._is_multithreading_enabled()
