@@ -179,7 +179,9 @@ def runs_below(*folders: Path) -> dict[str, list[RunFolder]]:
         elif run.finished():
             differing = differences(_settings(known), _settings(run))
             if differing:
-                raise UserError(f"{known.path} and {run.path} ({differing}): give one of the two")
+                raise UserError(
+                    f"{known.path} and {run.path} differ ({differing}): give one of them"
+                )
     return {name: list(seeds.values()) for name, seeds in runs.items()}
 
 

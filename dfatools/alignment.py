@@ -109,7 +109,9 @@ def probe(model: nn.Module, x: Tensor, y: Tensor, loss: Callable) -> dict[str, l
                 if isinstance(module, DFALayer):
                     hooks.append(module.register_forward_hook(gate))
                 elif module is dfa:
-                    hooks.append(dfa.register_forward_hook(lambda _, args, y: outputs.append(y)))
+                    hooks.append(
+                        dfa.register_forward_hook(lambda _, args, out: outputs.append(out))
+                    )
                 elif _is_leaf(name, module):
                     hooks.append(module.register_forward_hook(note(name)))
             value = loss(model(x), y)

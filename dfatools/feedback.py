@@ -33,10 +33,10 @@ class DFALayer(nn.Module):
     forward pass (shared weights, recurrence), it feeds back at each call.
 
     Where a module that holds the `DFA` comes to this point again in another call, that is a new
-    pass, and what is left of one that raised, or was of a part of the network, is forgotten: a
-    recurrence goes inside one call. In plain code nothing tells such remains from a recurrence, nor
-    do they from a pass by another way: call a part whose output does not go on to the `DFA` under
-    `torch.no_grad()`, and the whole so after an error.
+    pass, and what is left of one that raised, or was of a part of the network, is forgotten. So a
+    recurrence goes inside one call. What is left is not seen where the next pass is plain code, or
+    does not come by this point: call a part whose output does not go on to the `DFA` under
+    `torch.no_grad()`, and after an error the whole network once.
 
     It may stand inside what `torch.utils.checkpoint` computes again (`use_reentrant=False`), except
     under `torch.compile`. In a module given to FSDP2's `fully_shard` it comes first, not last: FSDP

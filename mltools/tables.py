@@ -51,13 +51,14 @@ def summarise(name: str, folders: Sequence[RunFolder]) -> Row:
     missing = broken = 0
     for folder in folders:
         metrics, config = folder.metrics(), folder.config()
+        if config is not None:
+            _check_place(folder.path, name, config["settings"])
         if config is None or not folder.finished():
             missing += 1
         elif diverged(metrics[-1]):
             broken += 1
         else:
             last[folder.path.name] = metrics[-1]
-            _check_place(folder.path, name, config["settings"])
             settings = _same(settings, config["settings"], folder.path)
     notes = [f"{broken} diverged"] * bool(broken) + [f"{missing} not finished"] * bool(missing)
     row = Row(name, seeds=len(last), settings=settings, note=", ".join(notes))
@@ -137,7 +138,7 @@ def _same(settings: dict, others: dict, path: Path) -> dict:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Of one value or more."""
+    """The mean and the standard deviation (n - 1) of one value or more."""
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
 
 

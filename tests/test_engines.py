@@ -104,7 +104,7 @@ def test_a_compiled_recurrence():
 
 
 class HalfCompiled(Recurrent):
-    """The first of three calls of a cell with its point is compiled, or all that the limit lets."""
+    """Of three calls of a cell with its point, the first ones are compiled."""
 
     compiled = 1
 

@@ -116,7 +116,8 @@ def test_what_pytorch_is_told_of_arithmetic(monkeypatch, precision, deterministi
     said = "tf32" if precision == "tf32" else "ieee"
     matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
     before = matmul.fp32_precision, conv.fp32_precision
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is as before afterwards
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     options = Options("Digits", Path("d"), Path("r"), precision=precision)
     try:
         sweep._set_arithmetic(replace(options, deterministic=deterministic))
