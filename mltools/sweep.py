@@ -82,7 +82,7 @@ def parse(
     prints the rows and exits.
 
     Raises UserError for an unknown experiment or device, a number out of range, or a results folder
-    that cannot be written to.
+    that cannot be written to, or has no results of which to make tables.
     """
     parser = _Parser(prog=script, description=description, allow_abbrev=False)
 
@@ -169,6 +169,8 @@ def parse(
         raise UserError("--precision tf32 needs a CUDA device: choose float32 or bf16")
     if options.tensorboard:
         check_installed()
+    if arguments.tables_only:
+        _check_results(options.results_dir / Path(script).stem)
     _check_writable(options.results_dir)
     chosen = [known[name] for name in known if name in (arguments.experiments or known)]
     return options, chosen, arguments.tables_only
@@ -375,6 +377,14 @@ def _check_device(name: str) -> None:
         raise UserError(
             f"--device {name} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices"
             f"{remedy}"
+        )
+
+
+def _check_results(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder}, of which to make the tables, is not there: give the --results-dir that "
+            "the runs had"
         )
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import best_practices
+import bottleneck
 from mltools.data import DataSet, import_torchvision, load
 from mltools.sweep import Options, folder_of, runs_of, settings_of
 from mltools.training import Trainer
@@ -171,10 +172,19 @@ def test_missing_data_without_a_network_is_one_line(start, tmp_path, monkeypatch
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_tables_only_of_nothing_says_so(start, tmp_path):
+def test_tables_only_without_a_finished_run_says_so(start, tmp_path):
+    (tmp_path / "best_practices").mkdir()
     code, out, _ = start(best_practices.main, "--tables-only", "--results-dir", tmp_path)
     assert code == 0 and out.count("no finished run") == 2
     assert out.count("10 not finished") == len(ROWS)
+
+
+@pytest.mark.parametrize("script", [best_practices, bottleneck])
+def test_tables_only_of_a_folder_that_is_not_there_is_refused(start, tmp_path, script):
+    mistyped = tmp_path / "reslts"
+    code, out, err = start(script.main, "--tables-only", "--results-dir", mistyped)
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert str(mistyped) in err and "--results-dir" in err and not mistyped.exists()
 
 
 @pytest.mark.parametrize(

@@ -280,6 +280,7 @@ def test_tables_only_makes_the_report_anew_and_trains_nothing(start, copied, mon
 
 @pytest.mark.filterwarnings("error")
 def test_tables_only_without_a_run_says_so(start, tmp_path, monkeypatch):
+    (tmp_path / "bottleneck").mkdir()
     monkeypatch.setattr(mltools_sweep, "train", no_training)
     options = ("--sizes", 18, "--init", "pai", "--results-dir", tmp_path, "--tables-only")
     code, out, _ = start(bottleneck.main, *DIGITS, "1", *options)
