@@ -1,8 +1,10 @@
 """How well DFA's signals are aligned with the gradients of backpropagation (Section 2.2)."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from dfatools.feedback import DFA, DFALayer
 
 
 def measure_alignment(
-    model: nn.Module, x: Tensor, y: Tensor, loss: Callable[[Tensor, Tensor], Tensor]
+    model: nn.Module, x: Any, y: Any, loss: Callable[[Any, Any], Tensor]
 ) -> dict[str, Tensor]:
     """The cosine between DFA's signal and the BP gradient at the output of each leaf module.
 
@@ -23,15 +25,17 @@ def measure_alignment(
 
     Args:
         model: a network with one `DFA` at its output, called once per pass, before `torch.compile`.
-            Its `training_method` does not matter.
-        x: a batch of N samples, `(N, ...)`.
-        y: its targets.
+            Its `training_method` does not matter. Its feedback points need not be submodules.
+        x: a batch, as the model takes it: `model(x)` is called, with a tensor, a tuple, a dict, a
+            graph.
+        y: its targets, as the loss takes them.
         loss: `loss(model(x), y)`, a scalar in which no sample's term depends on another sample.
 
-    Returns: `{module name: cosines}`, N each, in network order, in float64, on x's device; 0 where
-    either side vanishes. Leaf modules that give no tensor, or one that is not `(N, ...)`, that no
-    gradient reaches, or that are feedback points are left out; for one that is called several
-    times, its outputs count as one.
+    Returns: `{module name: cosines}`, in network order, each `(N,)`, float64, on the device of the
+    module's output; 0 where either side vanishes. N is the first dimension of what the `DFA` is
+    given: samples, or the nodes of a graph. Leaf modules that give no tensor, or one that is not
+    `(N, ...)`, that no gradient reaches, or that are feedback points are left out; for one that is
+    called several times, its outputs count as one.
 
     Raises:
         ValueError: the model has no `DFA` or several, or calls it more than once.
@@ -39,8 +43,9 @@ def measure_alignment(
             compiled.
     """
     result = {}
-    for name, probes in probe(model, x, y, loss).items():
-        if any(probe.dfa.shape[:1] != x.shape[:1] for probe in probes):
+    samples, modules = probe(model, x, y, loss)
+    for name, probes in modules.items():
+        if any(probe.dfa.shape[:1] != (samples,) for probe in probes):
             continue
         dfa = torch.cat([probe.dfa[:, None].flatten(1) for probe in probes], 1).double()
         bp = torch.cat([probe.bp[:, None].flatten(1) for probe in probes], 1).double()
@@ -59,8 +64,10 @@ class Probe:
     dfa_input: Tensor | None  # DFA's signal at its input; None where no gradient can reach it
 
 
-def probe(model: nn.Module, x: Tensor, y: Tensor, loss: Callable) -> dict[str, list[Probe]]:
+def probe(model: nn.Module, x: Any, y: Any, loss: Callable) -> tuple[int, dict[str, list[Probe]]]:
     """Takes DFA's signals and BP's gradients of every call of every leaf module, as above.
+
+    Returns: the number of samples, and for each module's name its calls.
 
     The graph is built whole. Behind each feedback point stands a gate: open, the backward pass
     through it is BP; shut, and with e B_i put in at the points, it is DFA. The gradient bottleneck
@@ -87,11 +94,13 @@ def probe(model: nn.Module, x: Tensor, y: Tensor, loss: Callable) -> dict[str, l
         return behind
 
     def note(name: str):
-        def hook(module: nn.Module, args: tuple, output):
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output):
             if isinstance(output, Tensor) and output.requires_grad:
-                source = args[0] if args and isinstance(args[0], Tensor) else None
-                if source is not None:
-                    source = gated.get(source, source) if source.requires_grad else None
+                source = next(iter((*args, *kwargs.values())), None)
+                if isinstance(source, Tensor) and source.requires_grad:
+                    source = gated.get(source, source)
+                else:
+                    source = None
                 calls.append((name, source, output))
                 return output.clone()  # as at the gates: an in-place module may come next
             return None
@@ -105,15 +114,12 @@ def probe(model: nn.Module, x: Tensor, y: Tensor, loss: Callable) -> dict[str, l
             torch.enable_grad(),
             _undisturbed(model, dfa, bottlenecks, x),
         ):
+            hooks.append(dfa.register_forward_hook(lambda _, args, out: outputs.append(out)))
+            for point in dfa.layers:  # a plain list may hold them: not all are submodules
+                hooks.append(point.register_forward_hook(gate))
             for name, module in model.named_modules():
-                if isinstance(module, DFALayer):
-                    hooks.append(module.register_forward_hook(gate))
-                elif module is dfa:
-                    hooks.append(
-                        dfa.register_forward_hook(lambda _, args, out: outputs.append(out))
-                    )
-                elif _is_leaf(name, module):
-                    hooks.append(module.register_forward_hook(note(name)))
+                if _is_leaf(name, module) and not isinstance(module, (DFA, DFALayer)):
+                    hooks.append(module.register_forward_hook(note(name), with_kwargs=True))
             value = loss(model(x), y)
             if len(outputs) != 1:
                 raise ValueError(f"the model must call its DFA once, not {len(outputs)} times")
@@ -148,7 +154,7 @@ def probe(model: nn.Module, x: Tensor, y: Tensor, loss: Callable) -> dict[str, l
         raise RuntimeError(
             "no gradient gets to the output of any module; of a compiled model, take the original"
         )
-    return probes
+    return len(outputs[0]), probes
 
 
 def _is_leaf(name: str, module: nn.Module) -> bool:
@@ -161,21 +167,22 @@ def _is_leaf(name: str, module: nn.Module) -> bool:
 
 @contextmanager
 def _undisturbed(
-    model: nn.Module, dfa: DFA, bottlenecks: list[BottleneckLinear], x: Tensor
+    model: nn.Module, dfa: DFA, bottlenecks: list[BottleneckLinear], x: Any
 ) -> Iterator[None]:
     """Eval mode, nothing cut; afterwards everything is as it was, the random state too."""
     generators = {layer.input_generator for layer in bottlenecks if layer.input_generator}
     states = [(generator, generator.get_state()) for generator in generators]
     modes = {module: module.training for module in model.modules()}
     method = dfa.training_method
-    devices = [x.device] if x.device.type == "cuda" else []
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    devices = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
     try:
         dfa.training_method = "bp"
         model.eval()
         if dfa.feedback_matrix is None:  # drawn before the random state is put by, to be used once
             with torch.no_grad():
                 model(x)
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng([*devices]):
             yield
     finally:
         dfa.training_method = method

@@ -1,6 +1,7 @@
 """Pre-alignment initialisation: weights through which BP starts out aligned with the feedback."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,7 @@ from dfatools.conversion import WEIGHT_LAYERS
 
 
 @torch.no_grad()
-def prealign(
-    model: nn.Module, x: Tensor, y: Tensor, loss: Callable[[Tensor, Tensor], Tensor]
-) -> None:
+def prealign(model: nn.Module, x: Any, y: Any, loss: Callable[[Any, Any], Tensor]) -> None:
     """Sets the weights of the Linear layers in place, from the last to the first but one.
 
     With DFA's signal S at a layer's input, (N, in), and the BP gradient G at its output, (N, out),
@@ -33,14 +32,15 @@ def prealign(
         RuntimeError: as for `measure_alignment`.
     """
     kinds = nn.Embedding, *WEIGHT_LAYERS
-    layers = [(name, model.get_submodule(name)) for name in probe(model, x, y, loss)]
+    _, probes = probe(model, x, y, loss)
+    layers = [(name, model.get_submodule(name)) for name in probes]
     _, *behind = [(name, layer) for name, layer in layers if isinstance(layer, kinds)]
     linears = [(name, layer) for name, layer in behind if isinstance(layer, nn.Linear)]
     for name, layer in linears:
         if parametrize.is_parametrized(layer, "weight"):
             raise ValueError(f"pre-alignment sets weights; {name} computes its own from others")
     for name, layer in reversed(linears):
-        calls = probe(model, x, y, loss)[name]
+        calls = probe(model, x, y, loss)[1][name]
         if len(calls) > 1:
             raise ValueError(f"pre-alignment needs each Linear to be used once; {name} is not")
         signal, gradient = calls[0].dfa_input, calls[0].bp

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from test_alignment import Unregistered
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
@@ -79,6 +80,36 @@ def test_weights_are_those_of_the_formula(samples, without_point):
         np.testing.assert_allclose(layer.weight.detach(), weight, rtol=0, atol=1e-9)
         assert torch.equal(layer.bias, bias)
     assert torch.equal(linears(model)[0].weight, first)
+
+
+def test_x_is_whatever_the_model_takes():
+    unpacking, plain = network((7, 6, 4)), network((7, 6, 4))
+    x, y = batch(8)
+    unpacking(x)
+    plain.load_state_dict(unpacking.state_dict())
+    unpacking.register_forward_pre_hook(lambda module, args: args[0]["images"])
+    prealign(unpacking, {"images": x}, y, F.cross_entropy)
+    prealign(plain, x, y, F.cross_entropy)
+    for a, b in zip(linears(unpacking), linears(plain)):
+        assert torch.equal(a.weight, b.weight)
+
+
+class ByKeyword(Unregistered):
+    def forward(self, x):
+        for module in self.order:
+            x = module(input=x) if isinstance(module, nn.Linear) else module(x)
+        return x
+
+
+@pytest.mark.parametrize("wrapped", [Unregistered, ByKeyword])
+def test_points_that_are_no_submodules_and_inputs_by_keyword_count(wrapped):
+    model = network((7, 6, 9, 8, 4))
+    x, y = batch(30)
+    model(x)
+    expected = expected_weights(model, x, y)
+    prealign(wrapped(model), x, y, F.cross_entropy)
+    for layer, weight in zip(linears(model), expected, strict=True):
+        np.testing.assert_allclose(layer.weight.detach(), weight, rtol=0, atol=1e-9)
 
 
 def test_bp_starts_out_aligned_with_the_feedback():
