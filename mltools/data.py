@@ -9,9 +9,9 @@
         ...
 
 `<data_dir>/<name>.npz`, the name in lower case without dashes (`cifar10.npz`), is the data set,
-wherever it came from: uint8 arrays `x_train`, `y_train`, `x_test`, `y_test`, images [N, H, W, C],
-or [N, H, W] for grey. Where it is absent torchvision fetches and verifies the original, and the
-file is written for the next time.
+wherever it came from: arrays `x_train`, `y_train`, `x_test`, `y_test`, images uint8 [N, H, W, C],
+or [N, H, W] for grey, labels of any integer type, [N] or [N, 1]. Where it is absent torchvision
+fetches and verifies the original, and the file is written for the next time.
 
 `Digits` comes with the code (`digits.npz` beside this file) and needs neither network nor
 `data_dir`. It is the "Optical Recognition of Handwritten Digits" data set of E. Alpaydin and
@@ -408,7 +408,7 @@ def _normalise(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def _read(path: Path, info: Info) -> dict[str, np.ndarray]:
-    """The four arrays of an npz file, checked.
+    """Reads the four arrays of an npz file, and makes the labels uint8 [N].
 
     Raises:
         UserError: if they are not a data set of `info`'s channels and classes.
@@ -416,34 +416,46 @@ def _read(path: Path, info: Info) -> dict[str, np.ndarray]:
     if info.source == "embedded":
         remedy = "restore it from the repository"
     else:
-        remedy = "replace it, or delete it to have it made again"
+        remedy = f"it must hold {_form(info)}; correct it, or move it away to have it made again"
     with reading(path, remedy):
         arrays = read_arrays(path, ARRAYS)
         problem = _problem(arrays, info)
         if problem:
             raise ValueError(problem)
+    for key in ("y_train", "y_test"):  # the checksum of the data shall not depend on the type
+        arrays[key] = arrays[key].reshape(-1).astype(np.uint8)
     return arrays
 
 
+def _form(info: Info) -> str:
+    """The arrays of an npz file, for a message."""
+    grey = len(info.mean) == 1
+    images = "[N, H, W] or [N, H, W, 1]" if grey else f"[N, H, W, {len(info.mean)}]"
+    labels = f"integer labels y_train, y_test [N] from 0 to {info.classes - 1}"
+    return f"uint8 images x_train, x_test {images} and {labels}"
+
+
 def _problem(arrays: dict[str, np.ndarray], info: Info) -> str | None:
-    """What is wrong with the arrays, in a few words."""
+    """Names the first array that is no part of a data set of `info`, and its fault."""
     for key in ARRAYS:
         if key not in arrays:
             return f"{key} is missing"
-        if arrays[key].dtype != np.uint8:
-            return f"{key} is {arrays[key].dtype}, not uint8"
         if arrays[key].size == 0:
             return f"{key} is empty"
     channels = len(info.mean)
     for half in ("train", "test"):
         x, y = arrays[f"x_{half}"], arrays[f"y_{half}"]
+        if x.dtype != np.uint8:
+            return f"x_{half} is {x.dtype}, not uint8"
         if x.ndim not in (3, 4) or (x.shape[3] if x.ndim == 4 else 1) != channels:
-            form = "[N, H, W] or [N, H, W, 1]" if channels == 1 else f"[N, H, W, {channels}]"
-            return f"x_{half} has the shape {list(x.shape)}, not {form}"
-        if y.shape != (len(x),):
+            return f"x_{half} has the shape {list(x.shape)}"
+        if y.dtype.kind not in "iu":
+            return f"y_{half} is {y.dtype}, not an integer type"
+        if y.shape not in ((len(x),), (len(x), 1)):
             return f"y_{half} has the shape {list(y.shape)}, not [{len(x)}], one label per image"
-        if y.max() >= info.classes:
-            return f"y_{half} has the label {y.max()}, but there are {info.classes} classes, from 0"
+        for label in (y.min(), y.max()):
+            if not 0 <= label < info.classes:
+                return f"y_{half} has the label {label}"
     if arrays["x_train"].shape[1:] != arrays["x_test"].shape[1:]:
         return "the images of x_train and x_test differ in shape"
     return None
@@ -482,8 +494,8 @@ def _fetch(name: str, path: Path) -> dict[str, np.ndarray]:
         *(ValueError, KeyError, AssertionError),
     ) as error:
         raise UserError(
-            f"cannot fetch {name} ({one_line(error)}); try again, or put it at {path} "
-            f"(uint8 {', '.join(ARRAYS)})"
+            f"cannot fetch {name} ({one_line(error)}): try again, or make {path}, with "
+            f"{_form(info)}"
         ) from error
 
     if info.source != "Imagenette":
@@ -493,7 +505,8 @@ def _fetch(name: str, path: Path) -> dict[str, np.ndarray]:
     else:
         raise UserError(
             f"{path.parent / 'imagenette2-160'} holds {len(halves[0])} and {len(halves[1])} "
-            f"images, not {' and '.join(map(str, IMAGENETTE_LENGTHS))}; delete it to fetch it again"
+            f"images, not {' and '.join(map(str, IMAGENETTE_LENGTHS))}; move it away to have it "
+            "fetched again"
         )
     return dict(zip(ARRAYS, (array for pair in pairs for array in pair)))
 

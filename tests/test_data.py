@@ -116,6 +116,25 @@ def test_digits_are_enlarged_bilinearly():
     assert np.abs(x - weights @ small @ weights.T).max() <= 0.5001
 
 
+LABELS = [*np.typecodes["AllInteger"], ">i4"]  # of either sign, 8 to 64 bits; the other byte order
+
+
+@pytest.mark.parametrize("shape", [(-1,), (-1, 1)], ids=["row", "column"])
+@pytest.mark.parametrize("dtype", LABELS)
+def test_labels_may_be_of_any_integer_type_and_a_column(folder, dtype, shape):
+    expected, content = load("CIFAR-10", folder), arrays()
+    for key in ("y_train", "y_test"):
+        content[key] = content[key].astype(dtype).reshape(shape)
+    np.savez(folder / "cifar10.npz", **content)
+    found = load("CIFAR-10", folder)
+    for half in ("train", "test"):
+        ours, theirs = (getattr(part, half).dataset.tensors for part in (found, expected))
+        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+        assert ours[1].dtype == torch.int64
+        assert ours[1].tolist() == arrays()[f"y_{half}"].tolist()
+    assert found.crc32 == expected.crc32  # the same data, so runs on it go together
+
+
 def test_a_wrong_name_lists_the_right_ones(tmp_path):
     with pytest.raises(UserError, match="'cifar10'; choose one of Digits, MNIST, .*, ImageNet$"):
         load("cifar10", tmp_path)
@@ -139,6 +158,11 @@ def test_real_cifar10():
 
 # Bad files
 
+EXPECTED = (
+    "it must hold uint8 images x_train, x_test [N, H, W, 3] and integer labels y_train, y_test [N] "
+    "from 0 to 9; correct it, or move it away to have it made again"
+)
+
 
 def without(key):
     content = arrays()
@@ -149,8 +173,17 @@ def without(key):
 BAD_ARRAYS = {
     "missing": (without("y_test"), "y_test is missing"),
     "float": (arrays() | {"x_train": np.zeros((23, 4, 5, 3))}, "x_train is float64, not uint8"),
-    "labels": (arrays() | {"y_train": np.zeros(23, np.int64)}, "y_train is int64, not uint8"),
-    "rank": (arrays(shape=(60,)), r"x_train has the shape \[23, 60\], not \[N, H, W, 3\]"),
+    "float labels": (
+        arrays() | {"y_train": np.zeros(23)},
+        "y_train is float64, not an integer type",
+    ),
+    "strings": (arrays() | {"y_train": np.full(23, "cat")}, "y_train is <U3, not an integer type"),
+    "truth": (arrays() | {"y_test": np.zeros(7, bool)}, "y_test is bool, not an integer type"),
+    "one-hot": (
+        arrays() | {"y_train": np.eye(10, dtype=np.uint8)[np.zeros(23, int)]},
+        r"y_train has the shape \[23, 10\], not \[23\], one label per image",
+    ),
+    "rank": (arrays(shape=(60,)), r"x_train has the shape \[23, 60\]"),
     "grey": (arrays(shape=(4, 5)), r"x_train has the shape \[23, 4, 5\]"),
     "channels": (arrays(shape=(4, 5, 1)), r"x_train has the shape \[23, 4, 5, 1\]"),
     "first": (arrays(shape=(3, 4, 5)), r"x_train has the shape \[23, 3, 4, 5\]"),
@@ -158,14 +191,13 @@ BAD_ARRAYS = {
         arrays() | {"y_train": np.zeros(22, np.uint8)},
         r"y_train has the shape \[22\], not \[23\]",
     ),
-    "column": (
-        arrays() | {"y_test": np.zeros((7, 1), np.uint8)},
-        r"y_test has the shape \[7, 1\], not \[7\]",
+    "line": (
+        arrays() | {"y_test": np.zeros((1, 7), np.uint8)},
+        r"y_test has the shape \[1, 7\], not \[7\]",
     ),
-    "range": (
-        arrays() | {"y_test": np.full(7, 10, np.uint8)},
-        "y_test has the label 10, but there are 10 classes, from 0",
-    ),
+    "range": (arrays() | {"y_test": np.full(7, 10)}, r"y_test has the label 10\)"),
+    "wrapped": (arrays() | {"y_test": np.full(7, 256)}, r"y_test has the label 256\)"),
+    "unlabelled": (arrays() | {"y_train": np.full(23, -1)}, r"y_train has the label -1\)"),
     "empty": (arrays(test=0), "x_test is empty"),
     "differ": (
         arrays() | {"x_test": np.zeros((7, 5, 5, 3), np.uint8)},
@@ -181,7 +213,15 @@ def test_bad_arrays_give_one_line_with_the_file_and_the_remedy(tmp_path, content
     with pytest.raises(UserError, match=message) as caught:
         load("CIFAR-10", tmp_path)
     line = str(caught.value)
-    assert str(path) in line and "delete it" in line and "\n" not in line
+    assert str(path) in line and line.endswith(EXPECTED) and "\n" not in line
+
+
+def test_grey_images_have_a_line_of_their_own(tmp_path):
+    np.savez(tmp_path / "mnist.npz", **arrays(shape=(1, 28, 28)))
+    with pytest.raises(UserError) as caught:
+        load("MNIST", tmp_path)
+    assert r"x_train has the shape [23, 1, 28, 28]" in str(caught.value)
+    assert "uint8 images x_train, x_test [N, H, W] or [N, H, W, 1] and" in str(caught.value)
 
 
 def corrupt(path):
@@ -233,7 +273,7 @@ def test_a_spoilt_file_gives_one_line_with_the_file_and_the_remedy(folder, spoil
     with pytest.raises(UserError) as caught:
         load("CIFAR-10", folder)
     line = str(caught.value)
-    assert str(path) in line and "delete it" in line and "\n" not in line
+    assert str(path) in line and line.endswith(EXPECTED) and "\n" not in line
 
 
 def test_a_folder_without_permission_starts_no_fetch(tmp_path, monkeypatch):
@@ -423,7 +463,7 @@ def test_imagenette_comes_from_torchvision(tmp_path, small, monkeypatch, torchvi
 
     image_folder(tmp_path / "images")
     monkeypatch.setattr(torchvision.datasets, "Imagenette", fake)
-    with pytest.raises(UserError, match="holds 6 and 4 images, not 9469 and 3925; delete it"):
+    with pytest.raises(UserError, match="holds 6 and 4 images, not 9469 and 3925; move it away"):
         load("ImageNette", tmp_path)
     monkeypatch.setattr(data, "IMAGENETTE_LENGTHS", (6, 4))
     assert load("ImageNette", tmp_path).test.dataset.tensors[1].tolist() == [0, 0, 1, 1]
