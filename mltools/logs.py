@@ -383,14 +383,17 @@ class _ReleaseReader:
 def _layer_names(structure: dict[int, str]) -> dict[int, str]:
     """The release's modules, position to class, under our names.
 
-    Its FC logs name each layer rightly. In its CNN logs each line carries the name of the layer
-    after it; the first layer, which no line names, is a convolution or the dropout in front of it.
+    In its CNN logs without dropout, each line carries the name of the next layer, and no line the
+    name of the first layer, a convolution. The names in its FC logs are right as they stand, and so
+    are those in its logs of a CNN with dropout.
+
+    Returns no names where a line before the last is lost: the others' numbers are not known then.
     """
+    if sorted(structure) != list(range(len(structure))):
+        return {}
     modules = [module for _, module in sorted(structure.items())]
-    if any(module in ("Conv2d", "MaxPool2d") for module in modules):
-        if list(range(len(modules))) != sorted(structure):
-            return {}  # a line is lost: which names moved is not known
-        modules = ["Dropout2d" if modules[0] == "Conv2d" else "Conv2d", *modules[:-1]]
+    if "MaxPool2d" in modules and not any(module.startswith("Dropout") for module in modules):
+        modules = ["Conv2d", *modules[:-1]]
     names: dict[int, str] = {}
     blocks = linears = 0
     for position, module in zip(sorted(structure), modules):
