@@ -9,6 +9,14 @@ from mltools.errors import exit_code
 
 
 @pytest.fixture
+@pytest.fixture(scope="session", autouse=True)
+def inductor_cache(tmp_path_factory):
+    """Gives torch.compile a new cache: code from another ATEN_CPU_CAPABILITY does not compile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield
+
+
 def one_thread():
     """On a busy machine, small networks only wait for the other threads."""
     threads = torch.get_num_threads()

@@ -158,14 +158,15 @@ def test_gradients_of_a_convolutional_network(reduction):
 def test_the_signal_lies_in_memory_as_the_activation_does(shape, format):
     point = DFALayer()
     dfa = DFA([point])
-    hidden = torch.randn(shape).contiguous(memory_format=format).requires_grad_().tanh()
+    hidden = torch.randn(shape, dtype=torch.float64).contiguous(memory_format=format)
+    hidden = hidden.requires_grad_().tanh()
     signals = []
     hidden.register_hook(signals.append)
     dfa(point(hidden).flatten(1)[:, :2]).square().sum().backward()
     (signal,) = signals
     assert signal.stride() == hidden.stride()
     expected = 2 * hidden.detach().flatten(1)[:, :2] @ dfa.feedback(0)
-    torch.testing.assert_close(signal, expected.view(shape))
+    torch.testing.assert_close(signal, expected.view(shape), rtol=0, atol=1e-12)
 
 
 def test_tokens_are_samples_with_two_batch_dimensions():
@@ -250,8 +251,8 @@ def test_methods_change_on_the_same_weights():
 
 
 def test_feedback_has_the_stated_deviation():
-    model = fc((3, 800, 300, 50), dtype=torch.float32)
-    model(torch.randn(2, 3))
+    model = fc((3, 800, 300, 50))
+    model(torch.randn(2, 3, dtype=torch.float64))
     dfa = model[-1]
     assert dfa.feedback_matrix.shape == (50, 800)
     for i, size in enumerate((800, 300)):
@@ -260,7 +261,7 @@ def test_feedback_has_the_stated_deviation():
         deviation = 1 / math.sqrt(size * 50)
         assert abs(matrix.std() / deviation - 1) < 0.03 and abs(matrix.mean() / deviation) < 0.05
         expected = dfa.feedback_matrix[:, :size] * deviation
-        assert torch.allclose(matrix, expected, rtol=1e-6, atol=0)
+        torch.testing.assert_close(matrix, expected, rtol=1e-12, atol=0)
     assert torch.equal(dfa.feedback(-1), dfa.feedback(1))
     with pytest.raises(IndexError):
         dfa.feedback(2)
@@ -377,21 +378,13 @@ def test_a_matrix_of_its_own_type(dtype, reduction):
     for i, size in enumerate(WIDTHS[1:-1]):
         assert torch.equal(model[-1].feedback(i), matrix[:, :size] * (1 / math.sqrt(size * 4)))
 
-    model.zero_grad()
-    hidden = [x]
-    for i in (0, 3, 6):
-        hidden.append(model[i + 1](model[i](hidden[-1].detach())))
-    output = model[-2](hidden[-1].detach())
-    error = torch.from_numpy(softmax_error(output.detach().numpy(), y.numpy()))
-    signals = []
-    for h in hidden[1:]:
-        scale = (8 if reduction == "sum" else 1) / math.sqrt(h.shape[1] * 4)
-        signal = (error.to(dtype) @ matrix)[:, : h.shape[1]] * scale
-        assert signal.dtype == dtype
-        signals.append(signal.to(h.dtype))
-    torch.autograd.backward([*hidden[1:], output], [*signals, error])
-    assert_close(got, [p.grad for p in model.parameters()], 1e-6)
-    assert {gradient.dtype for gradient in got} == {torch.float32}
+    exact = copy.deepcopy(model).double()  # the matrix stays rounded to its type
+    exact[-1].feedback_matrix = matrix.double()
+    expected = expected_gradients(exact, x.double(), y, reduction=reduction)
+    rounding = torch.finfo(dtype).eps + 8 * torch.finfo(torch.float32).eps  # of B and e, of sums
+    for gradient, true in zip(got, expected, strict=True):
+        assert gradient.dtype == torch.float32
+        assert np.linalg.norm(gradient.numpy() - true) < 4 * rounding * np.linalg.norm(true)
 
 
 @pytest.mark.parametrize("dtype", TYPES[:2])

@@ -269,30 +269,30 @@ def test_the_same_seed_gives_the_same_network_and_another_one_another(network):
 def test_fc_computes_what_its_formula_says():
     torch.manual_seed(0)
     model = replace(FC, activation="leaky-relu", negative_slope=0.1, batchnorm=True)
-    model = model.build((1, 4, 4), 5)
-    x = torch.randn(6, 1, 4, 4)
+    model = model.build((1, 4, 4), 5).double()
+    x = torch.randn(6, 1, 4, 4, dtype=torch.float64)
     output = model(x)
-    h = x.reshape(6, 16).double()
+    h = x.reshape(6, 16)
     for i in (1, 2, 3):
-        lin = model.get_submodule(f"lin{i}").double()
+        lin = model.get_submodule(f"lin{i}")
         h = h @ lin.weight.T + lin.bias
         h = torch.where(h > 0, h, 0.1 * h)
         h = (h - h.mean(0)) / (h.var(0, correction=0) + 1e-5).sqrt()
-    lin = model.lin4.double()
-    torch.testing.assert_close(output.double(), h @ lin.weight.T + lin.bias, rtol=1e-4, atol=1e-4)
+    expected = h @ model.lin4.weight.T + model.lin4.bias
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
 
 
 def test_cnn_computes_what_its_formula_says():
     torch.manual_seed(0)
-    model = CNN.build((3, 17, 21), 5)
-    x = torch.randn(4, 3, 17, 21)
+    model = CNN.build((3, 17, 21), 5).double()
+    x = torch.randn(4, 3, 17, 21, dtype=torch.float64)
     h = x
     for i in (1, 2, 3):
         conv = model.get_submodule(f"conv{i}")
         h = F.max_pool2d(torch.tanh(F.conv2d(h, conv.weight, conv.bias, padding=2)), 3, 2)
     h = torch.tanh(F.linear(h.flatten(1), model.lin1.weight, model.lin1.bias))
     expected = F.linear(h, model.lin2.weight, model.lin2.bias)
-    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("network", [FC, CNN])
