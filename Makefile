@@ -1,11 +1,12 @@
 # make demo    the paper's tables and a short bottleneck sweep on the embedded digits
 # make test    the tests
-# make soak    the tests of kills and of damaged files, at length
+# make soak    kills, full disks and damaged files at length: DFA_SOAK times 25 kills, and so on
 # make lint    style and types
 # Each sets up a virtual environment of its own first.
 
 PYTHON = python3
 VENV = .venv
+DFA_SOAK ?= 15
 
 .PHONY: demo test soak lint
 demo: $(VENV)/installed
@@ -18,8 +19,8 @@ test: $(VENV)/installed-tests
 	$(VENV)/bin/python -m pytest -q tests
 
 soak: $(VENV)/installed-tests
-	DFA_SOAK=15 $(VENV)/bin/python -m pytest -q -rP tests/test_kills.py tests/test_processes.py \
-		tests/test_fuzz.py
+	DFA_SOAK=$(DFA_SOAK) $(VENV)/bin/python -m pytest -q -rP tests/test_kills.py \
+		tests/test_processes.py tests/test_full_disk.py tests/test_fuzz.py
 
 lint: $(VENV)/installed-tests
 	$(VENV)/bin/python -m ruff check .

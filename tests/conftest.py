@@ -4,11 +4,11 @@ import sys
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from mltools.errors import exit_code
 
 
-@pytest.fixture
 @pytest.fixture(scope="session", autouse=True)
 def inductor_cache(tmp_path_factory):
     """Gives torch.compile a new cache: code from another ATEN_CPU_CAPABILITY does not compile."""
@@ -17,12 +17,19 @@ def inductor_cache(tmp_path_factory):
         yield
 
 
+@pytest.fixture
 def one_thread():
     """On a busy machine, small networks only wait for the other threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def quick_figures(monkeypatch):
+    """Writes figures without drawing them, which takes half a second each."""
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: file.write(b"drawn"))
 
 
 @pytest.fixture

@@ -1,4 +1,8 @@
-"""Kills a process of its own at a chosen point of its writing; what the tests of faults start."""
+"""Kills a process of its own at a chosen point of its writing; what the tests of faults start.
+
+`make test` has one fault of each kind. `make soak` sets `DFA_SOAK`, the multiple of 25 kills, 3
+kills of torchrun's processes and 60 damaged copies of each file.
+"""
 
 import builtins
 import importlib
@@ -18,6 +22,8 @@ from mltools.data import DataSet, load
 from mltools.errors import exit_code
 
 Point = tuple[str, int]
+
+SOAK = int(os.environ.get("DFA_SOAK", "0"))
 
 
 def run(script: str, arguments: list[str], results: Path, point: Point | None, note: Path) -> None:

@@ -78,16 +78,16 @@ def sweep(tmp_path_factory):
     return results / "bottleneck", command, run.stdout
 
 
-def test_a_sweep_leaves_its_files_and_is_not_run_again(sweep):
+def test_a_sweep_leaves_its_files_and_is_not_run_again(start, sweep):
     folder, command, out = sweep
     assert {path.name for path in folder.iterdir()} == {
         *OUTPUTS, "report.html", "std-18", "std-800", "pai-18", "pai-800"
     }  # fmt: skip
     assert (folder / "table.md").read_text() in out and "std-18/seed-0" in out
     before = {file: file.stat().st_mtime_ns for file in folder.glob("*/*/*")}
-    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    code, again, _ = start(bottleneck.main, *command[2:])
     assert {file: file.stat().st_mtime_ns for file in folder.glob("*/*/*")} == before
-    assert "epoch 1/2" in out and "epoch 1/2" not in again.stdout
+    assert code == 0 and "epoch 1/2" in out and "epoch 1/2" not in again
 
 
 def test_lost_results_come_back_out_of_the_logs(sweep, tmp_path, monkeypatch, capsys):
@@ -288,6 +288,7 @@ def test_tables_only_without_a_run_says_so(start, tmp_path, monkeypatch):
     assert not (tmp_path / "bottleneck/pai-18").exists()
 
 
+@pytest.mark.usefixtures("quick_figures")
 def test_a_narrow_layer_has_that_width_and_thins_nothing(start, tmp_path):
     options = ("--kind", "width", "--sizes", 5, "--init", "std", "--results-dir", tmp_path)
     code, _, _ = start(bottleneck.main, *DIGITS, "1", *options)
@@ -314,6 +315,7 @@ def test_logs_are_enough_when_the_settings_are_lost_too(copied, monkeypatch, cap
     assert {name: (folder / name).read_bytes() for name in before} == before
 
 
+@pytest.mark.usefixtures("quick_figures")
 def test_a_run_that_comes_from_its_folder_and_from_its_log_counts_once(copied, monkeypatch, capsys):
     folder = copied[1]
     before = (folder / "table.csv").read_bytes()
@@ -322,6 +324,7 @@ def test_a_run_that_comes_from_its_folder_and_from_its_log_counts_once(copied, m
     assert (folder / "table.csv").read_bytes() == before
 
 
+@pytest.mark.usefixtures("quick_figures")
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_log_of_the_release_counts_each_run_once_and_shows_no_cosine_in_front(
     tmp_path, monkeypatch, capsys, times
@@ -337,6 +340,7 @@ def test_a_log_of_the_release_counts_each_run_once_and_shows_no_cosine_in_front(
     assert line["alignment"]["act1"]["mean"] == 0.1001  # the log's numbers are all there
 
 
+@pytest.mark.usefixtures("quick_figures")
 def test_a_run_that_was_begun_again_in_a_log_counts_as_what_it_became(
     tmp_path, monkeypatch, capsys
 ):
@@ -348,6 +352,7 @@ def test_a_run_that_was_begun_again_in_a_log_counts_as_what_it_became(
     assert (row["seeds"], row["note"], row["test_accuracy_mean"]) == ("1", "", "24.5")
 
 
+@pytest.mark.usefixtures("quick_figures")
 def test_two_runs_of_one_seed_that_differ_are_refused(tmp_path, monkeypatch, capsys):
     for i, changes in enumerate(({}, {"batch_size": 64}, {"batch_size": 32, "epochs": 51})):
         retrieved(tmp_path / str(i), "std-118", 40.0, 0.7, **changes)
@@ -368,6 +373,7 @@ def test_logs_alone_need_an_output_and_a_run(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("quick_figures")
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
@@ -385,6 +391,7 @@ def test_nothing_published_stands_beside_another_protocol(tmp_path, name, settin
     assert "published" not in table and list(cells_of(tmp_path)) == [name]
 
 
+@pytest.mark.usefixtures("quick_figures")
 def test_the_published_numbers_are_not_in_our_means(tmp_path):
     for seed, test in enumerate((40.0, 42.0)):
         retrieved(tmp_path, "std-118", test, 0.7, seed)

@@ -2,39 +2,37 @@
 
 import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from faults import SOAK
 
 import best_practices
 from mltools.results import RunFolder
 
-ROOT = Path(best_practices.__file__).parent
+pytestmark = pytest.mark.usefixtures("one_thread", "quick_figures")
+COMMAND = (
+    "--dataset Digits --device cpu --experiments fc-dropout-0.1-0.5 --seeds 0 --epochs 3 "
+    "--batch-size 500 --quiet --results-dir"
+).split()
+
+
+ROOM_FOR_ONE = 12  # MB: there is none for a second checkpoint beside the first
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 12 MB: there is no room for a second checkpoint beside the first one."""
+def small_disk(tmp_path, request):
+    """A disk of `request.param` MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", disk], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", f"size={request.param}m", "tmpfs", disk],
+        capture_output=True, text=True,
     ) if os.name == "posix" and os.geteuid() == 0 else None  # fmt: skip
     if mounted is None or mounted.returncode:
         pytest.skip("a small disk cannot be mounted here")
     yield disk
     subprocess.run(["umount", disk], check=True)
-
-
-def sweep(results):
-    return subprocess.run(
-        [sys.executable, "best_practices.py", "--dataset", "Digits", "--device", "cpu",
-         "--experiments", "fc-dropout-0.1-0.5", "--seeds", "0", "--epochs", "3",
-         "--batch-size", "500", "--quiet", "--results-dir", results],
-        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
 
 
 def outcome(results):
@@ -44,17 +42,22 @@ def outcome(results):
     return metrics, {name: tensor.tolist() for name, tensor in weights.items()}
 
 
-def test_a_full_disk_ends_a_run_that_goes_on_once_there_is_room(small_disk, tmp_path):
-    ended = sweep(small_disk / "results")
-    assert ended.returncode == 1 and ended.stderr.count("\n") == 1
-    assert ended.stderr.startswith("error: ") and "No space left on device" in ended.stderr
+@pytest.mark.parametrize("small_disk", [ROOM_FOR_ONE], indirect=True)
+def test_a_full_disk_leaves_the_checkpoint_before(start, small_disk):
+    start(best_practices.main, *COMMAND, small_disk / "results")
     (path,) = (small_disk / "results").glob("*/*/seed-0")
-    folder = RunFolder(path)
-    assert folder.metrics()[0]["epoch"] == 1
-    checkpoint = torch.load(path / "checkpoint.pt", weights_only=True)
-    assert checkpoint["epoch"] == 0  # whole, as it was before the one that has no room
+    assert RunFolder(path).metrics()[0]["epoch"] == 1
+    assert torch.load(path / "checkpoint.pt", weights_only=True)["epoch"] == 0
 
+
+@pytest.mark.parametrize(
+    "small_disk", range(1, 17) if SOAK else [ROOM_FOR_ONE], indirect=True, ids="{}-MB".format
+)
+def test_a_full_disk_ends_a_run_that_goes_on_once_there_is_room(start, small_disk, tmp_path):
+    code, _, err = start(best_practices.main, *COMMAND, small_disk / "results")
+    assert code == 1 and err.count("\n") == 1
+    assert err.startswith("error: ") and "No space left on device" in err
     subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
-    assert sweep(small_disk / "results").returncode == 0
-    assert sweep(tmp_path / "whole").returncode == 0
+    for results in (small_disk / "results", tmp_path / "whole"):
+        assert start(best_practices.main, *COMMAND, results)[0] == 0
     assert outcome(small_disk / "results") == outcome(tmp_path / "whole")

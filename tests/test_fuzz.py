@@ -1,12 +1,10 @@
 """Damaged files: each reader gives what was written, or says in one line which file is damaged.
 
-The files are those of two short runs, damaged in every way that comes to mind, by seeded dice. With
-the environment variable DFA_SOAK, a whole number, there are so many times as many.
+The files are those of two short runs, damaged in every way that comes to mind, by seeded dice.
 """
 
 import io
 import json
-import os
 import random
 import re
 import shutil
@@ -20,6 +18,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from faults import SOAK
 
 import best_practices
 import bottleneck_from_log
@@ -33,11 +32,10 @@ from mltools.results import RunFolder
 from mltools.runs import train
 from mltools.training import Experiment
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "quick_figures")
 
-SOAK = int(os.environ.get("DFA_SOAK", 1))
-MUTANTS = 60 * SOAK  # of each kind of file
-COMMANDS = 6 * SOAK  # of these, by the commands
+MUTANTS = max(15, 60 * SOAK)  # of each kind of file; 15 are one for each mutation
+COMMANDS = max(15, 6 * SOAK)  # of these, by the commands
 NAME = "std-18"  # a row of the bottleneck sweep
 EPOCHS = 4
 
@@ -544,4 +542,4 @@ def test_the_mutations_are_those_that_are_named():
         dice = random.Random(0)
         changed = [mutation(dice, RELEASE_LOG, b'{"a": 1}\n' * 99) for _ in range(20)]
         assert any(mutant != RELEASE_LOG for mutant in changed), mutation.__name__
-    assert 4 * len(MUTATIONS) <= MUTANTS
+    assert len(MUTATIONS) <= MUTANTS

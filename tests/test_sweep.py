@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -19,12 +18,12 @@ import torch
 import best_practices
 from mltools import runs, sweep
 from mltools.data import load
-from mltools.errors import UserError
+from mltools.errors import UserError, exit_code
 from mltools.results import RunFolder
 from mltools.sweep import Options
 from mltools.training import Trainer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "quick_figures")
 
 ROOT = Path(best_practices.__file__).parent
 TWO_EPOCHS = "--dataset Digits --device cpu --batch-size 300 --epochs 2".split()
@@ -49,11 +48,12 @@ def whole(tmp_path_factory):
     """Three runs, one after another, never disturbed."""
     results = tmp_path_factory.mktemp("whole")
     command = [*TWO_EPOCHS, "--seeds", "0", "1", "2", "--experiments", ROW, "fc-batchnorm"]
-    # In a process of its own, one thread each, like those that it is compared with.
-    subprocess.run(
-        [sys.executable, "best_practices.py", *command, "--results-dir", results],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True,
-    )  # fmt: skip
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as those that it is compared with
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["script", *command, "--results-dir", str(results)])
+        assert exit_code(best_practices.main) == 0
+    torch.set_num_threads(threads)
     return results
 
 
@@ -154,7 +154,7 @@ def test_tf32_needs_cuda(start, tmp_path):
     assert code == 2 and err.count("\n") == 1 and "needs a CUDA device" in err
 
 
-@pytest.mark.parametrize("steps", [1, 4, 5, 6, 9])
+@pytest.mark.parametrize("steps", [1, 5, 9])
 def test_a_stopped_run_keeps_its_batch_and_ends_the_same(
     start, tmp_path, whole, monkeypatch, steps
 ):
@@ -188,24 +188,23 @@ def test_a_stopped_run_keeps_its_batch_and_ends_the_same(
         assert outcome(folder(tmp_path, seed=seed)) == outcome(folder(whole, seed=seed))
 
 
-def test_a_process_that_is_interrupted_says_how_to_go_on(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_process_that_is_interrupted_says_how_to_go_on(tmp_path, number):
     command = [sys.executable, "best_practices.py", "--dataset", "Digits", "--device", "cpu",
                "--experiments", ROW, "--seeds", "0", "--epochs", "500",
                "--results-dir", tmp_path]  # fmt: skip
-    for number in (signal.SIGINT, signal.SIGTERM):
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for line in process.stdout:
-            if ": epoch " in line:
-                break
-        process.send_signal(number)
-        _, err = process.communicate(timeout=60)
-        assert process.returncode == 130
-        assert err == "interrupted: the same command goes on where this one stopped\n"
-    log = (folder(tmp_path).path / "log.txt").read_text()
-    assert len(re.findall("going on after epoch", log)) == 1
-    assert len(folder(tmp_path).metrics()) >= 2
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if ": epoch " in line:
+            break
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == "interrupted: the same command goes on where this one stopped\n"
+    assert len(folder(tmp_path).metrics()) >= 1
+    assert (folder(tmp_path).path / "checkpoint.pt").exists()
 
 
 def test_a_folder_in_use_is_left_alone(start, tmp_path):
