@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from mltools.errors import exit_code
+from mltools.errors import exit_code, show
 from mltools.figures import Figure, accuracy_figure, alignment_figure, curves, final_figure
 from mltools.networks import Network
 from mltools.report import write_html
@@ -32,8 +32,8 @@ RESULTS_DIR = Path("results")
 # TODO: what to train on; "Digits" needs no data.
 DATASET = "CIFAR-10"
 
-SCRIPT = Path(__file__).stem
-RELEASE = Path(__file__).parent / "reference" / "release.json"
+SCRIPT = "best_practices"
+RELEASE = Path(__file__).resolve().parent / "reference" / "release.json"
 # The 2019 protocol: hidden layers get the error summed over the batch, the output layer its mean.
 dfa = partial(Experiment, reduction="sum", learning_rate=5e-4)
 # Plain backpropagation under the mean loss.
@@ -70,15 +70,16 @@ ARCHITECTURES = [
 def main() -> None:
     defaults = Options(dataset=DATASET, data_dir=DATA_DIR, results_dir=RESULTS_DIR)
     options, chosen, tables_only = parse(
-        f"{SCRIPT}.py", __doc__.splitlines()[0], lambda arguments: EXPERIMENTS, defaults
+        f"{SCRIPT}.py", __doc__, lambda arguments: EXPERIMENTS, defaults
     )
     if not tables_only:
         run(SCRIPT, chosen, options)
     folder, runs = options.results_dir / SCRIPT, runs_of(SCRIPT, chosen, options)
     made = tables(chosen, runs)
-    print(write_tables(folder, made))
+    markdown = write_tables(folder, made)
     title = "Best practices for Direct Feedback Alignment"
     write_html(folder, title, made, figures(chosen, made, runs, folder), runs)
+    show(markdown)
 
 
 def tables(experiments: list[Experiment], runs: dict[str, list[RunFolder]]) -> list[Table]:

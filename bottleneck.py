@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from bottleneck_from_log import write_report
-from mltools.errors import UserError, exit_code
+from mltools.errors import UserError, exit_code, show
 from mltools.networks import Network
 from mltools.sweep import Options, parse, run, runs_of
 from mltools.training import Experiment
@@ -27,7 +27,7 @@ RESULTS_DIR = Path("results")
 # TODO: what to train on; "Digits" needs no data.
 DATASET = "CIFAR-10"
 
-SCRIPT = Path(__file__).stem
+SCRIPT = "bottleneck"
 WIDTH = 800
 SIZES = (1, 3, 5, 8, 11, 18, 28, 46, 73, 118, 191, 308, 496, 800)
 
@@ -81,11 +81,11 @@ def experiments(arguments: argparse.Namespace) -> list[Experiment]:
 def main() -> None:
     defaults = Options(dataset=DATASET, data_dir=DATA_DIR, results_dir=RESULTS_DIR, seeds=(0,))
     options, chosen, tables_only = parse(
-        f"{SCRIPT}.py", __doc__.splitlines()[0], experiments, defaults, add_options
+        f"{SCRIPT}.py", __doc__, experiments, defaults, add_options
     )
     if not tables_only:
         run(SCRIPT, chosen, options)
-    print(write_report(runs_of(SCRIPT, chosen, options), options.results_dir / SCRIPT))
+    show(write_report(runs_of(SCRIPT, chosen, options), options.results_dir / SCRIPT))
 
 
 if __name__ == "__main__":

@@ -10,14 +10,13 @@ without --output into the results folder given first.
 
 import argparse
 import re
-import signal
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from log_retrieval import restore, retrieve
-from mltools.errors import UserError, exit_code
+from mltools.errors import UserError, exit_code, show
 from mltools.figures import (
     COSINE,
     Curves,
@@ -28,12 +27,13 @@ from mltools.figures import (
     epochs_figure,
     sweep_figure,
 )
+from mltools.files import user_path
 from mltools.records import differences
 from mltools.report import write_html
 from mltools.results import RunFolder
 from mltools.tables import Row, Table, protocols, reference_row, summarise, write_tables
 
-PUBLISHED = Path(__file__).parent / "reference" / "published_bottleneck.json"
+PUBLISHED = Path(__file__).resolve().parent / "reference" / "published_bottleneck.json"
 KINDS = {
     "": "Gradient bottleneck in the second layer",
     "width-": "Bottleneck of b units as the second layer",
@@ -191,12 +191,17 @@ def _settings(run: RunFolder) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "sources", type=Path, nargs="+", metavar="PATH", help="a results folder, or a log file"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="where to (default: the first results folder)"
+        "sources", type=user_path, nargs="+", metavar="PATH", help="a results folder, or a log file"
+    )
+    parser.add_argument(
+        "--output",
+        type=user_path,
+        metavar="DIR",
+        help="where to (default: the first results folder)",
     )
     arguments = parser.parse_args()
     folders = [source for source in arguments.sources if source.is_dir()]
@@ -210,10 +215,8 @@ def main() -> None:
             retrieved.append(Path(temporary, str(i)))
             for run in runs:
                 restore(run, retrieved[-1])
-        print(write_report(runs_below(*folders, *retrieved), output))
+        show(write_report(runs_below(*folders, *retrieved), output))
 
 
 if __name__ == "__main__":
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
     sys.exit(exit_code(main))

@@ -7,17 +7,17 @@
 It reads our own log.txt and the logs of the 2019 release. With --output results/bottleneck, say,
 `bottleneck.py --tables-only` and `bottleneck_from_log.py` take what comes out for the original; a
 metrics.jsonl that is already there is left as it is. What was skipped is said on stderr. The exit
-code is 0 if something was recovered, 1 if nothing, 2 for bad usage, or if a log could not be taken.
+code is 0 if something was recovered, 1 if nothing, 2 for bad usage, for a log that cannot be read,
+or for a stdout that cannot be written to.
 """
 
 import argparse
 import json
-import signal
 import sys
 from pathlib import Path
 
-from mltools.errors import UserError, one_line
-from mltools.files import reading
+from mltools.errors import UserError, one_line, show
+from mltools.files import reading, user_path
 from mltools.logs import Run, parse
 from mltools.records import checksum, sealed_metrics
 from mltools.results import RunFolder
@@ -25,14 +25,12 @@ from mltools.results import RunFolder
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        epilog="Exit code: 0 if something was recovered, 1 if nothing, 2 for bad usage, or if a "
-        "log could not be taken.",
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("logs", type=Path, nargs="+", metavar="LOG", help="a log file")
+    parser.add_argument("logs", type=user_path, nargs="+", metavar="LOG", help="a log file")
     parser.add_argument(
         "--output",
-        type=Path,
+        type=user_path,
         metavar="DIR",
         help="where the folders go (default: lines to stdout instead)",
     )
@@ -41,28 +39,29 @@ def main() -> int:
     for path in arguments.logs:
         try:
             for run in retrieve(path):
-                _put(run, arguments.output)
+                if not _put(run, arguments.output):
+                    return 2
                 recovered = True
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            show(f"error: {error}", error=True)
             refused = True  # the next log may be a good one
         except OSError as error:
-            print(f"error: {error.filename}: {one_line(error)}", file=sys.stderr)
+            show(f"error: {error.filename}: {one_line(error)}", error=True)
             return 2
     if not (recovered or refused):
-        print("error: no epoch of any run was found", file=sys.stderr)
+        show("error: no epoch of any run was found", error=True)
     return 2 if refused else 0 if recovered else 1
 
 
-def _put(run: Run, output: Path | None) -> None:
-    """Restores a run below `output` and says so, or prints its lines."""
+def _put(run: Run, output: Path | None) -> bool:
+    """Restores a run below `output` and says so, or prints its lines; False if these are lost."""
     if output is None:
-        for line in sealed_metrics(in_order(run), checksum(run.settings)):
-            print(json.dumps({"run": run.name, **line}))
-    elif restore(run, output):
-        print(f"{output / run.name}: {len(run.epochs)} epochs")
-    else:
-        print(f"{output / run.name}: has its metrics.jsonl, left as it is")
+        lines = sealed_metrics(in_order(run), checksum(run.settings))
+        return show("\n".join(json.dumps({"run": run.name, **line}) for line in lines))
+    restored = restore(run, output)
+    said = f"{len(run.epochs)} epochs" if restored else "has its metrics.jsonl, left as it is"
+    show(f"{output / run.name}: {said}")
+    return True
 
 
 def retrieve(path: Path) -> list[Run]:
@@ -75,7 +74,7 @@ def retrieve(path: Path) -> list[Run]:
     runs, skipped = parse(data)
     for skip in skipped:
         place = f"{path}:{skip.line}" if skip.line else f"{path}"
-        print(f"{place}: skipped, {skip.reason}", file=sys.stderr)
+        show(f"{place}: skipped, {skip.reason}", error=True)
     return runs
 
 
@@ -98,6 +97,4 @@ def restore(run: Run, output: Path) -> bool:
 
 
 if __name__ == "__main__":
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
     sys.exit(main())

@@ -206,7 +206,9 @@ def measure(name: str, data: DataSet, device: torch.device, epochs: int, workers
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--threads", type=int, help="of the CPU; default: PyTorch's choice")
     parser.add_argument("--epochs", type=int, default=3, help="of each loop, beside a first one")

@@ -82,7 +82,9 @@ def multiply_adds(row: Experiment, data: DataSet, device: torch.device) -> int:
 
 def main() -> None:
     names = [row.name for _, rows, _ in GROUPS for row in rows]
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--epochs", type=int, default=1, help="beside the first (default: 1)")
     parser.add_argument("--precision", choices=PRECISIONS, default="float32")

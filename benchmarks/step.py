@@ -81,7 +81,9 @@ def compare(name: str, device: torch.device, steps: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--threads", type=int, help="of the CPU; default: PyTorch's choice")
     parser.add_argument("--steps", type=int, default=200, help="of each method on each network")

@@ -157,7 +157,9 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--engine", choices=("fsdp2", "ddp"), default="fsdp2")
     parser.add_argument("--width", type=int, default=128, help="default: %(default)s")
     parser.add_argument("--depth", type=int, default=4, help="blocks; default: %(default)s")

@@ -25,6 +25,8 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dfatools import DFA, DFALayer, measure_alignment
 from mltools.data import DataSet, Loader, TrainingLoader, load
+from mltools.errors import show
+from mltools.files import user_path
 
 matplotlib.use("Agg")  # files only: no display is needed
 from matplotlib import pyplot as plt
@@ -98,7 +100,7 @@ def train(method: str, data: DataSet, epochs: int) -> tuple[list[float], dict[st
         cosines = measure_alignment(model, x_test[:128], y_test[:128], F.cross_entropy)
         for name in activations:
             alignment[name].append(cosines[name].mean().item())
-        print(f"{method:8} epoch {epoch + 1:2}: test accuracy {accuracy[-1]:.1f} %", flush=True)
+        show(f"{method:8} epoch {epoch + 1:2}: test accuracy {accuracy[-1]:.1f} %")
     return accuracy, alignment
 
 
@@ -125,10 +127,12 @@ def draw(accuracies: dict[str, list[float]], alignment: dict[str, list[float]], 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--epochs", type=int, default=15, help="default: %(default)s")
     parser.add_argument(
-        "--output", type=Path, default=Path("own_network.png"), help="default: %(default)s"
+        "--output", type=user_path, default=Path("own_network.png"), help="default: %(default)s"
     )
     args = parser.parse_args()
     if args.epochs < 1:
@@ -140,8 +144,8 @@ def main() -> None:
     runs = {method: train(method, data, args.epochs) for method in METHODS}
     alignment = runs["dfa"][1]
     draw({method: accuracy for method, (accuracy, _) in runs.items()}, alignment, args.output)
-    print("alignment:", ", ".join(f"{name} {c[-1]:.2f}" for name, c in alignment.items()))
-    print(f"figure: {args.output}")
+    show("alignment: " + ", ".join(f"{name} {c[-1]:.2f}" for name, c in alignment.items()))
+    show(f"figure: {args.output}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""What goes wrong, told in one line."""
+"""Errors in one line, and printing that costs no result."""
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +22,28 @@ def one_line(error: Exception) -> str:
     told = getattr(error, "strerror", None) or str(error) or type(error).__name__
     line = " ".join("".join(c if c.isprintable() else " " for c in told).split())
     return line if len(line) <= 160 else line[:157] + "..."
+
+
+def show(text: str, error: bool = False) -> bool:
+    """Prints a line to stdout, or to stderr for an error; returns False where it cannot be printed.
+
+    A script has its results on disk, so it continues where a stream is closed, its pipe has no
+    reader, or the disk behind `>` is full; later lines to that stream are dropped. Characters that
+    the stream cannot encode become question marks.
+    """
+    stream = sys.stderr if error else sys.stdout
+    if stream is None:
+        return False
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    try:
+        print(text.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
+        return True
+    except OSError as failure:
+        with open(os.devnull, "w") as null:  # takes the rest of the stream's buffer, too
+            os.dup2(null.fileno(), stream.fileno())
+        if not error and not isinstance(failure, BrokenPipeError):  # `| head` needs no word
+            show(f"stdout cannot be written to ({one_line(failure)}): the rest is lost", error=True)
+        return False
 
 
 def exit_code(main: Callable[[], None]) -> int:
@@ -45,5 +68,5 @@ def exit_code(main: Callable[[], None]) -> int:
         if code == 130:
             return code
         time.sleep(OTHERS_WAIT)  # in which torchrun ends this process, if rank 0 has failed
-    print(message, file=sys.stderr)
+    show(message, error=True)
     return code

@@ -1,5 +1,6 @@
 """Files that are there whole or not at all: written so, and taken for nothing else when read."""
 
+import argparse
 import os
 import re
 import uuid
@@ -9,6 +10,17 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mltools.errors import UserError, one_line
+
+
+def user_path(text: str) -> Path:
+    """Converts the text of an option to a path; a leading `~` is the home folder, as in a shell.
+
+    Raises ArgumentTypeError for the home folder of an unknown user.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"there is no home folder for {text}") from None
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:

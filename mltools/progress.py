@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from tqdm import tqdm
 
 from mltools import processes
+from mltools.errors import show
 from mltools.logs import epoch_lines
 
 
@@ -25,7 +26,7 @@ class Progress:
 
     def __init__(self, runs: int, epochs: int, quiet: bool) -> None:
         self.quiet = quiet
-        self.bars = not quiet and sys.stderr.isatty()
+        self.bars = not quiet and sys.stderr is not None and sys.stderr.isatty()
         common = {"disable": not self.bars, "dynamic_ncols": True, "leave": False}
         self._runs = tqdm(total=runs, unit="run", desc="runs", position=0, **common)
         self._epochs = tqdm(total=epochs, unit="epoch", desc="epochs", position=1, **common)
@@ -40,8 +41,8 @@ class Progress:
     def line(self, text: str) -> None:
         """Something worth a line of its own."""
         if not self.quiet:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()  # a log that is being read should not lag behind
+            with tqdm.external_write_mode():  # the bars make room
+                show(text)
 
     def epoch_ended(self, run: str, epochs: int, metrics: dict) -> None:
         """An epoch of a run of so many, as in `metrics.jsonl`."""

@@ -18,7 +18,8 @@ import torch
 from mltools import processes
 from mltools.board import Board, check_installed
 from mltools.data import DATASETS, DataSet, load
-from mltools.errors import UserError
+from mltools.errors import UserError, show
+from mltools.files import user_path
 from mltools.networks import PLACEMENTS
 from mltools.progress import progress_of_all
 from mltools.results import RunFolder
@@ -65,7 +66,7 @@ class Job(NamedTuple):
 
 def parse(
     script: str,
-    description: str,
+    description: str | None,
     experiments: Callable[[argparse.Namespace], Sequence[Experiment]],
     defaults: Options,
     more_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
@@ -73,7 +74,8 @@ def parse(
     """Reads the command line of a script.
 
     Args:
-        script, description: for `--help`.
+        script: its name, for `--help`.
+        description: its docstring, for `--help`; None under `python -OO`.
         experiments: all rows there are, given the parsed command line.
         defaults: of the common options.
         more_options: adds the script's own options.
@@ -84,7 +86,12 @@ def parse(
     Raises UserError for an unknown experiment or device, a number out of range, or a results folder
     that cannot be written to, or has no results of which to make tables.
     """
-    parser = _Parser(prog=script, description=description, allow_abbrev=False)
+    parser = _Parser(
+        prog=script,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
 
     def option(name: str, help: str, **kind) -> None:
         default = getattr(defaults, name)
@@ -100,8 +107,10 @@ def parse(
 
     names = ", ".join(DATASETS)
     option("dataset", f"one of {names}", choices=DATASETS, metavar="NAME")
-    option("data_dir", "where the data is; what is not there is fetched", type=Path, metavar="DIR")
-    option("results_dir", "where the results go", type=Path, metavar="DIR")
+    option(
+        "data_dir", "where the data is; what is not there is fetched", type=user_path, metavar="DIR"
+    )
+    option("results_dir", "where the results go", type=user_path, metavar="DIR")
     parser.add_argument(
         "--experiments",
         nargs="+",
@@ -137,7 +146,9 @@ def parse(
     switch("deterministic", "on CUDA too, the same seed gives the same bits; slower there")
     switch("force", "set a folder with other settings aside, and start anew")
     switch("quiet", "show nothing but the tables and errors")
-    parser.set_defaults(**dataclasses.asdict(defaults))
+    # argparse applies the type of an option only to a default that is text.
+    folders = {name: str(getattr(defaults, name)) for name in ("data_dir", "results_dir")}
+    parser.set_defaults(**dataclasses.asdict(defaults) | folders)
     switch("tensorboard", "write each run's epochs for TensorBoard too, into its folder")
     switch("tables-only", "run nothing, write the tables and figures of what is there")
     switch("list", "list the rows and exit")
@@ -148,7 +159,7 @@ def parse(
     rows = experiments(arguments)
     known = {experiment.name: experiment for experiment in rows}
     if arguments.list:
-        print("\n".join(known))
+        show("\n".join(known))
         sys.exit()
     for name in arguments.experiments:
         if name not in known:
@@ -215,7 +226,7 @@ def run(script: str, experiments: Sequence[Experiment], options: Options) -> Non
             }  # says now if the images do not fit
             if processes.rank() == 0:
                 for folder in aside:
-                    print(f"{folder.path} set aside as {folder.set_aside()}")
+                    show(f"{folder.path} set aside as {folder.set_aside()}")
             if processes.launched():
                 todo.sort(key=lambda job: -cost[job.experiment.network])
     if todo:
