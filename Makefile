@@ -28,6 +28,8 @@ lint: $(VENV)/installed-tests
 	$(VENV)/bin/python -m mypy
 
 $(VENV)/installed: requirements.txt
+	$(if $(shell $(PYTHON) -c 'import sys; print(sys.version_info >= (3, 11) or "")' 2> /dev/null),,\
+		$(error $(PYTHON) is not Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=<one that is>))
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --requirement requirements.txt
 	touch $@

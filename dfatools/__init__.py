@@ -13,4 +13,5 @@ from dfatools.conversion import dfa_from_bp
 from dfatools.feedback import DFA, DFALayer
 from dfatools.prealignment import prealign
 
+__version__ = "2.0.0.dev0"
 __all__ = ["DFA", "BottleneckLinear", "DFALayer", "dfa_from_bp", "measure_alignment", "prealign"]

@@ -202,10 +202,12 @@ def _beside_others(device: torch.device) -> Iterator[None]:
 
 def environment(device: torch.device) -> dict:
     """Versions, device and source of a run, for `config.json`."""
+    # Of this package: an installed copy may lie within the checkout of another project.
+    checkout = Path(__file__).resolve().parents[1] / ".git"
     try:
         commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
+            ["git", f"--git-dir={checkout}", "rev-parse", "HEAD"],
+            capture_output=True, text=True, check=True,
         ).stdout.strip()  # fmt: skip
     except (OSError, subprocess.CalledProcessError):
         commit = None  # no git, or not a checkout: the run is as good
