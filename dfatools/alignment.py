@@ -26,16 +26,15 @@ def measure_alignment(
     Args:
         model: a network with one `DFA` at its output, called once per pass, before `torch.compile`.
             Its `training_method` does not matter. Its feedback points need not be submodules.
-        x: a batch, as the model takes it: `model(x)` is called, with a tensor, a tuple, a dict, a
-            graph.
-        y: its targets, as the loss takes them.
+        x: a batch, passed to the model as its one argument: a tensor, a tuple, a dict or a graph.
+        y: its targets, passed to the loss.
         loss: `loss(model(x), y)`, a scalar in which no sample's term depends on another sample.
 
     Returns: `{module name: cosines}`, in network order, each `(N,)`, float64, on the device of the
-    module's output; 0 where either side vanishes. N is the first dimension of what the `DFA` is
-    given: samples, or the nodes of a graph. Leaf modules that give no tensor, or one that is not
-    `(N, ...)`, that no gradient reaches, or that are feedback points are left out; for one that is
-    called several times, its outputs count as one.
+    module's output; 0 where either side vanishes. N is the first dimension of the `DFA`'s output:
+    the number of samples, or of the nodes of a graph. Leaf modules are left out whose output is no
+    tensor of shape `(N, ...)`, that no gradient reaches, or that are feedback points. The outputs
+    of a module that is called several times count as one.
 
     Raises:
         ValueError: the model has no `DFA` or several, or calls it more than once.
@@ -67,7 +66,7 @@ class Probe:
 def probe(model: nn.Module, x: Any, y: Any, loss: Callable) -> tuple[int, dict[str, list[Probe]]]:
     """Takes DFA's signals and BP's gradients of every call of every leaf module, as above.
 
-    Returns: the number of samples, and for each module's name its calls.
+    Returns: the number of samples, and `{module name: its calls}`.
 
     The graph is built whole. Behind each feedback point stands a gate: open, the backward pass
     through it is BP; shut, and with e B_i put in at the points, it is DFA. The gradient bottleneck

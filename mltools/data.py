@@ -428,7 +428,7 @@ def _read(path: Path, info: Info) -> dict[str, np.ndarray]:
 
 
 def _form(info: Info) -> str:
-    """The arrays of an npz file, for a message."""
+    """Describes the arrays that the npz file of a data set must hold."""
     grey = len(info.mean) == 1
     images = "[N, H, W] or [N, H, W, 1]" if grey else f"[N, H, W, {len(info.mean)}]"
     labels = f"integer labels y_train, y_test [N] from 0 to {info.classes - 1}"
@@ -436,7 +436,7 @@ def _form(info: Info) -> str:
 
 
 def _problem(arrays: dict[str, np.ndarray], info: Info) -> str | None:
-    """Names the first array that is no part of a data set of `info`, and its fault."""
+    """Describes the first fault of the arrays of a data set; None if they have none."""
     for key in ARRAYS:
         if key not in arrays:
             return f"{key} is missing"

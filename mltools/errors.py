@@ -41,7 +41,7 @@ def show(text: str, error: bool = False) -> bool:
     except OSError as failure:
         with open(os.devnull, "w") as null:  # takes the rest of the stream's buffer, too
             os.dup2(null.fileno(), stream.fileno())
-        if not error and not isinstance(failure, BrokenPipeError):  # `| head` needs no word
+        if not error and not isinstance(failure, BrokenPipeError):  # `| head` may close its pipe
             show(f"stdout cannot be written to ({one_line(failure)}): the rest is lost", error=True)
         return False
 

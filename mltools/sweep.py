@@ -108,7 +108,10 @@ def parse(
     names = ", ".join(DATASETS)
     option("dataset", f"one of {names}", choices=DATASETS, metavar="NAME")
     option(
-        "data_dir", "where the data is; what is not there is fetched", type=user_path, metavar="DIR"
+        "data_dir",
+        "folder of the data sets; a missing one is fetched",
+        type=user_path,
+        metavar="DIR",
     )
     option("results_dir", "where the results go", type=user_path, metavar="DIR")
     parser.add_argument(

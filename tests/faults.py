@@ -1,7 +1,7 @@
-"""Kills a process of its own at a chosen point of its writing; what the tests of faults start.
+"""Kills a process at a chosen point of its writing, for the tests of faults.
 
-`make test` has one fault of each kind. `make soak` sets `DFA_SOAK`, the multiple of 25 kills, 3
-kills of torchrun's processes and 60 damaged copies of each file.
+`make test` has one fault of each kind. `make soak` sets `DFA_SOAK`: the tests have that many times
+25 kills, 3 kills of torchrun's processes, and 60 damaged copies of each file.
 """
 
 import builtins

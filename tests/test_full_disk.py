@@ -15,9 +15,7 @@ COMMAND = (
     "--dataset Digits --device cpu --experiments fc-dropout-0.1-0.5 --seeds 0 --epochs 3 "
     "--batch-size 500 --quiet --results-dir"
 ).split()
-
-
-ROOM_FOR_ONE = 12  # MB: there is none for a second checkpoint beside the first
+ROOM_FOR_ONE = 12  # MB: a second checkpoint does not fit beside the first
 
 
 @pytest.fixture
