@@ -1,5 +1,8 @@
 """The gradient bottleneck: a layer that lets only part of its gradients through (Section 4)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,7 +23,7 @@ class BottleneckLinear(nn.Linear):
     Attributes:
         input_generator: draws what is kept of the gradient with respect to the input, on that
             tensor's device; the device's default one if None.
-        thinning: False lets everything through, as `measure_alignment` does for the true gradient.
+        thinning: False lets everything through, see `unthinned`.
 
     Raises ValueError for a `keep` outside 0..1.
     """
@@ -53,6 +56,19 @@ class BottleneckLinear(nn.Linear):
         weight = _Thin.apply(self.weight, self, self.weight_mask)
         bias = None if self.bias is None else _Thin.apply(self.bias, self, self.bias_mask)
         return F.linear(_Thin.apply(input, self, None), weight, bias)
+
+
+@contextmanager
+def unthinned(model: nn.Module) -> Iterator[None]:
+    """Lets whole gradients through the bottlenecks of a model, so that BP's are the true ones."""
+    layers = [m for m in model.modules() if isinstance(m, BottleneckLinear) and m.thinning]
+    try:
+        for layer in layers:
+            layer.thinning = False
+        yield
+    finally:
+        for layer in layers:
+            layer.thinning = True
 
 
 class _Thin(torch.autograd.Function):

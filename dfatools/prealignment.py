@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from dfatools.alignment import probe
-from dfatools.conversion import WEIGHT_LAYERS
+from dfatools.conversion import has_weights
 
 
 @torch.no_grad()
@@ -20,7 +20,7 @@ def prealign(model: nn.Module, x: Any, y: Any, loss: Callable[[Any, Any], Tensor
     G W, what BP sends through the layer, is the least-squares approximation to the direction of S.
     Each layer is set before the next is measured. S is what the feedback point right before the
     layer gets, or where none stands there, what arrives there from behind. Tokens count as samples.
-    The first weight layer, or an Embedding there, layers other than Linear, layers that nothing is
+    The first module with weights, layers other than Linear, layers that nothing is
     learned in front of, and those where S or G is zero keep their weights; biases are kept.
 
     Args:
@@ -31,10 +31,9 @@ def prealign(model: nn.Module, x: Any, y: Any, loss: Callable[[Any, Any], Tensor
             computes its weight (`torch.nn.utils.parametrize`).
         RuntimeError: as for `measure_alignment`.
     """
-    kinds = nn.Embedding, *WEIGHT_LAYERS
     _, probes = probe(model, x, y, loss)
     layers = [(name, model.get_submodule(name)) for name in probes]
-    _, *behind = [(name, layer) for name, layer in layers if isinstance(layer, kinds)]
+    _, *behind = [(name, layer) for name, layer in layers if has_weights(layer)]
     linears = [(name, layer) for name, layer in behind if isinstance(layer, nn.Linear)]
     for name, layer in linears:
         if parametrize.is_parametrized(layer, "weight"):

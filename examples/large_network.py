@@ -71,8 +71,7 @@ class Network(nn.Module):
         self.stem = nn.Sequential(nn.Flatten(), nn.Linear(1024, width), nn.Tanh())
         self.blocks = nn.ModuleList(Block(width, recompute) for _ in range(depth))
         self.head = nn.Sequential(DFALayer(), nn.LayerNorm(width), nn.Linear(width, 10))
-        points = [module for module in self.modules() if isinstance(module, DFALayer)]
-        self.dfa = DFA(points, **dfa_options)
+        self.dfa = DFA(self, **dfa_options)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)

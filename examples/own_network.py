@@ -69,8 +69,7 @@ class ResNet(nn.Module):
             Block(32, 64, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), DFALayer()
         )
         self.head = nn.Linear(64, 10)
-        points = [module for module in self.modules() if isinstance(module, DFALayer)]
-        self.dfa = DFA(points)  # (3) one DFA for them all ...
+        self.dfa = DFA(self)  # (3) one DFA for them all ...
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.block3(self.block2(self.block1(self.stem(x))))

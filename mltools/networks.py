@@ -63,17 +63,14 @@ class Network:
         if placement not in PLACEMENTS:
             raise ValueError(f"placement must be one of {PLACEMENTS}, not {placement!r}")
         model = nn.Sequential()
-        points: list[DFALayer] = []
         for i, block in enumerate(blocks):
             if i > 0 and not (placement == "release" and i == self._missed(blocks)):
-                points.append(DFALayer())
-                model.add_module(f"point{i}", points[-1])
+                model.add_module(f"point{i}", DFALayer())
             for name, module in block.items():
                 if module is not None:
                     model.add_module(name, module)
-        model.add_module("dfa", DFA(points, **dfa_options))
-        with torch.no_grad():  # draws the feedback matrix, whose size follows from the shapes
-            model.eval()(torch.zeros(1, *input_shape))
+        model.add_module("dfa", DFA(model, **dfa_options))
+        model.eval()(torch.zeros(1, *input_shape))  # draws the feedback matrix
         return model.train()
 
     def multiply_adds(self, input_shape: tuple[int, int, int], classes: int) -> int:

@@ -103,9 +103,10 @@ class Unregistered(nn.Module):
         return x
 
 
-def test_points_that_are_no_submodules_count():
+def test_points_that_are_no_submodules_of_the_model_count():
     model = fc()
     x, y = batch()
+    model(x)
     got = measure_alignment(Unregistered(model), x, y, F.cross_entropy)
     expected = expected_signals(model, x, y)
     assert list(got) == [f"kept.{name}" for name in expected]
@@ -120,7 +121,7 @@ class GraphNetwork(nn.Module):
         super().__init__()
         self.unpack = unpack
         self.first, self.point, self.last = nn.Linear(7, 6), DFALayer(), nn.Linear(6, 4)
-        self.dfa = DFA([self.point])
+        self.dfa = DFA(self)
 
     def forward(self, x):
         nodes, edges = self.unpack(x)
@@ -209,7 +210,7 @@ def test_a_block_that_changes_a_fed_activation_in_place():
     for inplace in (False, True):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(7, 6), DFALayer(), nn.ReLU(inplace), nn.Linear(6, 4))
-        model.append(DFA([model[1]])).double()
+        model.append(DFA(model)).double()
         torch.manual_seed(0)
         results.append(measure_alignment(model, x, y, F.cross_entropy))
     for name, cosines in results[0].items():
@@ -226,8 +227,8 @@ class Recurrent(nn.Module):
     def __init__(self):
         super().__init__()
         self.first, self.cell, self.head = nn.Linear(7, 6), nn.Linear(6, 6), nn.Linear(6, 4)
-        self.point = DFALayer()
-        self.dfa = DFA([self.point])
+        self.point = DFALayer(recurrent=True)
+        self.dfa = DFA(self)
 
     def forward(self, x):
         h = self.first(x)
@@ -332,6 +333,7 @@ def test_the_model_is_as_before(no_grad, method):
         nn.Sequential(
             nn.Dropout(0.5), nn.Linear(7, 6), nn.Tanh(), nn.BatchNorm1d(6), Noisy(), nn.Linear(6, 4)
         ),
+        example=batch()[0].float(),
         training_method=method,
     ).double()
     x, y = batch()
@@ -345,6 +347,35 @@ def test_the_model_is_as_before(no_grad, method):
     assert_undisturbed(model, before)
     assert list(cosines) == ["1", "2", "3", "4", "5"]
     assert all(not values.requires_grad for values in cosines.values())
+
+
+class Merging(nn.Linear):
+    """Merges its update into the weight in eval mode, as LoRA does."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs)
+        self.update, self.merged = nn.Parameter(torch.randn(outputs, inputs)), False
+
+    def train(self, mode=True):
+        super().train(mode)
+        if mode == self.merged:
+            self.weight.data += -self.update.data if mode else self.update.data
+            self.merged = not mode
+        return self
+
+    def forward(self, x):
+        return super().forward(x) + (0 if self.merged else x @ self.update.T)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_modes_are_set_back_by_train(mode):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 6), nn.Tanh(), DFALayer(), Merging(6, 4))
+    model.append(DFA(model)).double().train(mode)
+    measure_alignment(model, *batch(), F.cross_entropy)
+    assert model.training == model[3].training == mode != model[3].merged
+    F.cross_entropy(model(batch()[0]), batch()[1]).backward()
+    assert (model[3].update.grad is not None) == mode
 
 
 def test_the_model_is_as_before_when_the_loss_fails():
@@ -381,9 +412,10 @@ def test_it_is_measured_in_inference_mode_too():
 
 def test_a_bottleneck_s_generator_is_as_before():
     torch.manual_seed(0)
-    bottleneck, point = BottleneckLinear(6, 9, 0.5), DFALayer()
-    blocks = nn.Linear(7, 6), nn.Tanh(), bottleneck, nn.Tanh(), point, nn.Linear(9, 4)
-    model = nn.Sequential(*blocks, DFA([point])).double()
+    bottleneck = BottleneckLinear(6, 9, 0.5)
+    blocks = nn.Linear(7, 6), nn.Tanh(), bottleneck, nn.Tanh(), DFALayer(), nn.Linear(9, 4)
+    model = nn.Sequential(*blocks)
+    model.append(DFA(model)).double()
     bottleneck.input_generator = generator = torch.Generator().manual_seed(5)
     before = generator.get_state()
     measure_alignment(model, *batch(), F.cross_entropy)
@@ -494,6 +526,12 @@ class Twice(nn.Module):
         return self.inner(x) + self.inner(2 * x)
 
 
+def test_a_loss_of_something_else_is_refused():
+    model = fc()
+    with pytest.raises(RuntimeError, match="the loss does not depend on the output of the DFA"):
+        measure_alignment(model, *batch(), lambda output, y: model[0].weight.sum())
+
+
 def test_a_dfa_called_twice_is_refused():
     with pytest.raises(ValueError, match="must call its DFA once, not 2 times"):
         measure_alignment(Twice(), *batch(), F.cross_entropy)
@@ -508,7 +546,7 @@ def test_a_compiled_model_is_refused():
 
 @pytest.mark.parametrize("model, number", [
     (nn.Sequential(nn.Linear(7, 4)), 0),
-    (nn.Sequential(nn.Linear(7, 4), DFA([DFALayer()]), DFA([DFALayer()])), 2),
+    (nn.Sequential(nn.Linear(7, 4), DFA(DFALayer()), DFA(DFALayer())), 2),
 ])  # fmt: skip
 def test_errors(model, number):
     with pytest.raises(ValueError, match=f"must hold one DFA, at its output; it holds {number}"):

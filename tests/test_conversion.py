@@ -60,6 +60,64 @@ def test_every_kind_of_convolution_counts(layer):
     assert points(dfa_from_bp(nn.Sequential(layer(2, 2, 3), layer(2, 2, 3)))) == ["feedback_1"]
 
 
+class Scale(nn.Module):
+    """Has a parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(5))
+
+    def forward(self, x):
+        return x * self.scale
+
+
+@pytest.mark.parametrize("module", [
+    nn.LSTM(5, 5),
+    nn.GRU(5, 5),
+    nn.RNN(5, 5),
+    nn.Bilinear(5, 5, 5),
+    nn.MultiheadAttention(5, 1),
+    nn.Embedding(5, 5),
+    nn.TransformerEncoderLayer(5, 1),
+    Scale(),
+    nn.Sequential(nn.Tanh(), Scale()),
+], ids=lambda module: type(module).__name__)  # fmt: skip
+def test_every_module_with_parameters_counts(module):
+    model = dfa_from_bp(nn.Sequential(module, nn.Linear(5, 3)))
+    assert points(model) == ["feedback_1"]
+
+
+@pytest.mark.parametrize("module", [
+    nn.BatchNorm1d(5),
+    nn.LayerNorm(5),
+    nn.GroupNorm(1, 5),
+    nn.InstanceNorm1d(5, affine=True),
+    nn.RMSNorm(5),
+    nn.PReLU(),
+], ids=lambda module: type(module).__name__)  # fmt: skip
+def test_normalisation_belongs_to_the_weights_in_front(module):
+    model = dfa_from_bp(nn.Sequential(nn.Linear(6, 5), module, nn.Linear(5, 3)))
+    assert points(model) == ["feedback_2"]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("behind", [(), (nn.Flatten(0),)])
+@pytest.mark.parametrize("last", [
+    nn.LogSoftmax(1),
+    nn.Softmax(1),
+    nn.Softmax2d(),
+    nn.Sigmoid(),
+    nn.LogSigmoid(),
+], ids=lambda module: type(module).__name__)  # fmt: skip
+def test_a_network_that_ends_in_probabilities_is_refused(last, behind, nested):
+    """Of them the error at the output is not that at the logits, and does not vanish with it."""
+    end = nn.Sequential(last, *behind) if nested else last
+    with pytest.raises(ValueError, match=f"ends in {type(last).__name__}: DFA needs the error at"):
+        dfa_from_bp(nn.Sequential(*fc(), end, *behind))
+    within = nn.Sequential(nn.Linear(6, 5), last, nn.Linear(5, 3))
+    assert points(dfa_from_bp(within)) == ["feedback_2"]
+
+
 def test_nested_sequentials_are_entered():
     bp = nn.Sequential(
         nn.Flatten(),
@@ -153,7 +211,7 @@ def test_a_state_dict_of_the_original_loads():
 @pytest.mark.parametrize("model, error, message", [
     (nn.Linear(2, 2), TypeError, "takes an nn.Sequential, not Linear"),
     (Residual(nn.Linear(2, 2), nn.Linear(2, 2)), TypeError, "not Residual"),
-    (nn.Sequential(nn.Flatten(), nn.Linear(2, 2)), ValueError, "fewer than two weight layers"),
+    (nn.Sequential(nn.Flatten(), nn.Linear(2, 2)), ValueError, "fewer than two modules with w"),
     (dfa_from_bp(fc()), ValueError, "has feedback points already"),
 ])  # fmt: skip
 def test_errors(model, error, message):

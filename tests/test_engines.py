@@ -33,8 +33,8 @@ class Recurrent(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.cell, self.point = nn.Linear(12, 12), DFALayer()
-        self.head, self.dfa = nn.Linear(12, 4), DFA([self.point])
+        self.cell, self.point = nn.Linear(12, 12), DFALayer(recurrent=True)
+        self.head, self.dfa = nn.Linear(12, 4), DFA(self)
 
     def forward(self, x):
         for _ in range(3):
@@ -160,10 +160,15 @@ def test_a_compiled_model_takes_images_of_several_sizes():
         assert_close(gradients(compiled, x, y), gradients(model, x, y), 1e-12)
 
 
-def in_parts(model, x):
+def parts(model, x):
     """Two parts are computed again, with their feedback points."""
     x = checkpoint(model[:3], x, use_reentrant=False)
     return model[6:](checkpoint(model[3:6], x, use_reentrant=False))
+
+
+def in_parts(model, x):
+    with model[-1].one_pass():
+        return parts(model, x)
 
 
 def as_a_whole(model, x):
@@ -182,16 +187,44 @@ def test_activation_checkpointing_has_the_same_gradients(run, early_stop):
             assert_close(gradients(lambda x: run(model, x), x, y, model), expected, 1e-15)
 
 
-@pytest.mark.parametrize("run", [
-    lambda model, x: checkpoint(model, x, use_reentrant=True),
-    lambda model, x: model[3:](checkpoint(model[:3], x, use_reentrant=True)),
-], ids=["whole", "part"])  # fmt: skip
-def test_reentrant_checkpointing_is_refused(run):
+def test_reentrant_checkpointing_of_the_whole_network_has_the_same_gradients():
     model = fc().double()
     x, y = batch()
-    gradients(model, x, y)
-    with pytest.raises(RuntimeError, match="checkpoint with use_reentrant=False"):
-        F.cross_entropy(run(model, x.requires_grad_()), y).backward()
+    expected = gradients(model, x, y)
+    x.requires_grad_()  # or it would leave no graph
+
+    def run(x):
+        return checkpoint(model, x, use_reentrant=True)
+
+    assert_close(gradients(run, x, y, model), expected, 1e-15)
+
+
+def reentrant(part):
+    return lambda x: checkpoint(part, x, use_reentrant=True)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("asking", [False, True])
+@pytest.mark.parametrize("first, last", [(0, 3), (0, 2), (2, 5), (3, 5), (3, 7), (6, 7)])
+def test_reentrant_checkpointing_of_a_part_is_right_or_refused(first, last, asking):
+    """Of parts that hold points, or follow one: their parameters would not be trained."""
+    model = fc().double()
+    x, y = batch()
+    expected = gradients(model, x, y)
+    x.requires_grad_(asking)
+    parts = [model[:first], reentrant(model[first:last]), model[last:]]
+
+    def run(x):
+        with model[-1].one_pass():
+            for part in parts:
+                x = part(x)
+            return x
+
+    if asking and (first, last) == (0, 2):
+        assert_close(gradients(run, x, y, model), expected, 1e-15)
+    else:
+        with pytest.raises(RuntimeError, match="no gradient would get to .*reentrant=False"):
+            run(x)
 
 
 def test_activation_checkpointing_keeps_no_activation():
@@ -211,8 +244,9 @@ def test_activation_checkpointing_in_a_compiled_model():
     expected = gradients(model, x, y)
 
     def run(x):
-        x = model[2](checkpoint(model[:2], x, use_reentrant=False))
-        return model[5:](checkpoint(model[3:5], x, use_reentrant=False))
+        with model[-1].one_pass():
+            x = model[2](checkpoint(model[:2], x, use_reentrant=False))
+            return model[5:](checkpoint(model[3:5], x, use_reentrant=False))
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     assert_close(gradients(compiled, x, y, model), expected, 1e-12)
@@ -222,7 +256,7 @@ def test_alignment_with_activation_checkpointing():
     model = fc().double()
     x, y = batch()
     expected = measure_alignment(model, x, y, F.cross_entropy)
-    model.forward = lambda x: in_parts(model, x)
+    model.forward = lambda x: parts(model, x)
     found = measure_alignment(model, x, y, F.cross_entropy)
     assert list(found) == list(expected)
     for name in expected:
@@ -232,8 +266,7 @@ def test_alignment_with_activation_checkpointing():
 def test_a_step_in_mixed_precision():
     reference = fc(reduction="sum")
     x, y = batch(dtype=torch.float32)
-    with torch.no_grad():
-        reference(x)
+    reference(x)
     model = copy.deepcopy(reference)
     start = [p.detach().clone() for p in model.parameters()]
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (reference, model)]

@@ -241,7 +241,7 @@ def test_the_feedback_of_the_cnn_is_as_large_as_what_stands_at_each_point(placem
 
 
 def test_dfa_options_reach_the_dfa():
-    options = {"normalization": False, "reduction": "sum", "training_method": "bp"}
+    options = {"normalization": False, "reduction": "sum", "training_method": "dfa"}
     model = FC.build((1, 4, 4), 3, **options)
     assert {key: getattr(model.dfa, key) for key in options} == options
     assert torch.equal(model.dfa.feedback(0), model.dfa.feedback_matrix)

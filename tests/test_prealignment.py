@@ -16,14 +16,14 @@ from dfatools import DFA, DFALayer, dfa_from_bp, measure_alignment, prealign
 def network(widths, without_point=None):
     """Linear, Tanh, [DFALayer], ..., Linear, DFA; no point in front of Linear `without_point`."""
     torch.manual_seed(0)
-    modules, points = [nn.Linear(*widths[:2])], []
+    modules = [nn.Linear(*widths[:2])]
     for i in range(1, len(widths) - 1):
         modules.append(nn.Tanh())
         if i != without_point:
-            points.append(DFALayer())
-            modules.append(points[-1])
+            modules.append(DFALayer())
         modules.append(nn.Linear(widths[i], widths[i + 1]))
-    return nn.Sequential(*modules, DFA(points)).double()
+    model = nn.Sequential(*modules)
+    return model.append(DFA(model)).double()
 
 
 def batch(samples, features=7):
@@ -70,8 +70,7 @@ def expected_weights(model, x, y, without_point=None):
 def test_weights_are_those_of_the_formula(samples, without_point):
     model = network((7, 6, 9, 8, 4), without_point)
     x, y = batch(samples)
-    with torch.no_grad():
-        model(x)  # draws the matrix
+    model(x)  # draws the matrix
     biases = [layer.bias.clone() for layer in linears(model)]
     first = linears(model)[0].weight.clone()
     expected = expected_weights(model, x, y, without_point)
@@ -171,8 +170,7 @@ def test_token_layers_take_all_tokens_as_samples():
     flat, tokens = network((7, 6, 4)), network((7, 6, 4))
     tokens[-1].batch_dims = 2
     x, y = batch(12)
-    with torch.no_grad():
-        flat(x)
+    flat(x)
     tokens.load_state_dict(flat.state_dict())
     prealign(flat, x, y, F.cross_entropy)
     prealign(tokens, x.view(3, 4, 7), y, lambda output, y: F.cross_entropy(output.flatten(0, 1), y))
@@ -183,9 +181,9 @@ def test_token_layers_take_all_tokens_as_samples():
 def test_what_is_learned_in_front_of_may_be_an_embedding():
     torch.manual_seed(0)
     front = nn.Embedding(9, 7), nn.Flatten()  # two tokens a sample
-    points = DFALayer(), DFALayer()
-    blocks = *front, points[0], nn.Linear(14, 6), nn.Tanh(), points[1], nn.Linear(6, 4)
-    model = nn.Sequential(*blocks, DFA(points)).double()
+    blocks = *front, DFALayer(), nn.Linear(14, 6), nn.Tanh(), DFALayer(), nn.Linear(6, 4)
+    model = nn.Sequential(*blocks)
+    model.append(DFA(model)).double()
     x, y = torch.randint(9, (8, 2)), torch.arange(8) % 4
     prealign(model, x, y, F.cross_entropy)
     for layer in linears(model):
