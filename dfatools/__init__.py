@@ -1,7 +1,7 @@
 """Direct Feedback Alignment for PyTorch.
 
 feedback.py       DFALayer, DFA: one backward pass that trains every layer from the output error
-passes.py         one pass: the activations that wait for the DFA, and what is refused
+passes.py         Pass: the activations of one call of a network, and checks of the order of calls
 conversion.py     dfa_from_bp: an ordinary Sequential, made into a DFA network
 alignment.py      measure_alignment: the angle between DFA's signals and true gradients
 prealignment.py   prealign: weights that start out aligned with the feedback

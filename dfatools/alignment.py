@@ -155,6 +155,7 @@ class _Recorder:
     def at_point(self, module: nn.Module, args: tuple, hidden: Tensor) -> Tensor | None:
         if not hidden.requires_grad:
             return None
+        hidden = hidden.clone()  # the activation at its point, whatever changes it in place later
         behind = hidden.clone()
         behind.register_hook(lambda gradient: torch.zeros_like(gradient) if self.shut else None)
         self.points.append(hidden)

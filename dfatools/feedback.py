@@ -80,7 +80,7 @@ class DFA(nn.Module):
     It owns one random matrix, (output size, largest feedback size), with entries from N(0, 1),
     shared by all points: the i-th gets the first d_i columns, its B_i in Eq. 2, (output size, d_i).
     The first pass that needs the matrix draws it, on the output's device, in float32 or wider. In a
-    distributed run it is the first process's for all, which make the first pass together.
+    distributed run the first process sends its matrix to all: they make the first pass together.
 
     One call of the network is one pass: the activations at its points wait for the `DFA`'s call,
     and are dropped when the network returns or raises. Parts of it that are called by themselves
@@ -218,7 +218,7 @@ class DFA(nn.Module):
 
     def _leave(self, network: nn.Module, args: tuple, output: Any) -> None:
         now = self._current()
-        failed = output is None  # PyTorch's output of a call that has raised
+        failed = output is None  # hooks of a call that has raised get None
         if not self._feeds() or (now and now.explicit):
             return
         if now is not None:
@@ -257,9 +257,9 @@ class DFA(nn.Module):
 
     def _detach(self, index: int, hidden: Tensor) -> Tensor:
         """Ends the graph at a feedback point, whose activation waits for the DFA's call."""
-        now = self._current()
         if self.training_method == "bp":
             return hidden
+        now = self._current()
         if not torch.is_grad_enabled():
             if now is not None:
                 now.without_grad = True
@@ -385,7 +385,7 @@ class DFA(nn.Module):
         return matrix
 
     def __getstate__(self) -> dict:
-        """For copies and pickles: without the pass under way, which have a network of their own."""
+        """The state of a copy or a pickle: without the pass under way, its network not weak."""
         return {**self.__dict__, "_pass": None, "_network": self._network()}
 
     def __setstate__(self, state: dict) -> None:
@@ -429,7 +429,7 @@ class DFA(nn.Module):
 
 @contextmanager
 def evaluation(model: nn.Module, dfa: DFA, method: str) -> Iterator[None]:
-    """Eval mode and a training method; afterwards both are as before, the modes by `train`."""
+    """Sets eval mode and a training method, and restores both: the modes by `train(mode)`."""
     before, modes = dfa.training_method, [(m, m.training) for m in model.modules()]
     try:
         dfa.training_method = method
@@ -452,7 +452,7 @@ class _Activation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, signal: Tensor):
-        # A leaf keeps what it gets, and adds to it: not to the memory of other activations.
+        # A leaf keeps the tensor itself as its `.grad`: two leaves must not share memory.
         return signal.clone() if ctx.leaf else signal
 
 

@@ -1,4 +1,4 @@
-"""One pass: what is called between a network's start and its end, and what of it is refused."""
+"""One pass of a network: its activations, and the checks that refuse a wrong order of calls."""
 
 import threading
 
@@ -65,8 +65,8 @@ class Pass:
 def refuse_untrained(network: nn.Module, *ends: Tensor) -> None:
     """Raises RuntimeError for a graph that lacks parameters of the network.
 
-    Reentrant checkpointing leaves such a graph without a word. It calls a block under no_grad, and
-    gives its output a gradient only if its input has one: not behind a feedback point.
+    Reentrant checkpointing leaves such a graph silently. It calls a block under no_grad, and its
+    output requires a gradient only if its input does, which is not so behind a feedback point.
 
     Args:
         network: the network.

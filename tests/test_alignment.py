@@ -218,6 +218,34 @@ def test_a_block_that_changes_a_fed_activation_in_place():
     assert abs(results[1]["0"]).max() < 0.999
 
 
+class Residual(nn.Module):
+    """Adds to an activation behind its feedback point, in place or not."""
+
+    def __init__(self, inplace):
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(7, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+        self.point, self.inplace = DFALayer(), inplace
+        self.dfa = DFA(self)
+
+    def forward(self, x):
+        h = self.first(x)
+        change = self.middle(torch.relu(self.point(h)))
+        return self.dfa(self.last(h.add_(change) if self.inplace else h + change))
+
+
+def test_an_activation_that_is_changed_in_place_behind_its_point():
+    results = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        model = Residual(inplace).double()
+        results.append(measure_alignment(model, *batch(), F.cross_entropy))
+    assert list(results[0]) == list(results[1]) == ["first", "middle", "last"]
+    for name, cosines in results[0].items():
+        torch.testing.assert_close(results[1][name], cosines, rtol=0, atol=1e-12)
+    # Nothing stands between the middle layer and the output's error but true gradients.
+    torch.testing.assert_close(results[1]["middle"], torch.ones(8, dtype=torch.float64))
+
+
 # What is measured is what training uses
 
 

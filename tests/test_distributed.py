@@ -207,7 +207,7 @@ def load_full_state(rank, folder, engine, used):
 def load_sharded_state(rank, folder):
     model = shard(Net().double())
     x, y = half(rank)
-    model(x)  # what is loaded has the sizes of what is there: the matrix comes with the first pass
+    model(x)  # draws a matrix: dcp.load fills tensors of the saved size
     state = get_model_state_dict(model)
     dcp.load(state, checkpoint_id=folder / "sharded")
     set_model_state_dict(model, state)

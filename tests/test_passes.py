@@ -71,7 +71,7 @@ def assert_gradients(model, wanted):
 
 
 def assert_usable(model):
-    """Nothing is left of what was refused."""
+    """Two passes have the right gradients: a call before has left no state."""
     model.zero_grad()
     for _ in range(2):
         backward((model(A), ERROR_A))
@@ -313,7 +313,7 @@ def test_an_activation_that_is_changed_in_place_behind_its_point():
         results.append([parameter.grad for parameter in model.parameters()])
     for plain, inplace in zip(*results, strict=True):
         torch.testing.assert_close(inplace, plain, rtol=0, atol=1e-12)
-    # The weights in front of the point get e B, and what comes through the sum.
+    # The activation gets e B at its point, and the true gradient through the sum.
     error = ERROR_A @ (model.dfa.feedback_matrix / math.sqrt(8 * 3) + model.last.weight)
     torch.testing.assert_close(model.first.weight.grad, error.T @ A, rtol=0, atol=1e-12)
     wanted = (ERROR_A @ model.last.weight).T @ torch.relu(model.first(A))
