@@ -1,33 +1,61 @@
-"""Gradients of four kinds of networks against explicit computations, whatever runs them."""
+"""Gradients of several kinds of networks, run in several ways, against explicit computations."""
 
-import copy
 import math
 from datetime import timedelta
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
 # Imported before there is a process group, of which its default arguments would take hold.
 import torch.distributed.nn.functional
+from formulas import assert_close, batch, expected_gradients, fc, gradients, mean_loss
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from dfatools import DFA, DFALayer
 
-SAMPLES = 8
+
+@pytest.mark.parametrize("normalization", [True, False])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_gradients_follow_the_equations(normalization, reduction, training):
+    """dW_i = ((e B_i) * tanh')^T h_(i-1), and the last layer's true gradient, in NumPy."""
+    model = fc((7, 6, 9, 5, 4), normalization=normalization, reduction=reduction).train(training)
+    x, y = batch()
+    got = gradients(model, (x, y))
+
+    weights = [parameter.detach().numpy() for parameter in model.parameters()]
+    hidden = [x.numpy()]
+    for w, b in zip(weights[:-2:2], weights[1:-2:2]):
+        hidden.append(np.tanh(hidden[-1] @ w.T + b))
+    p = np.exp(hidden[-1] @ weights[-2].T + weights[-1])
+    error = (p / p.sum(1, keepdims=True) - np.eye(4)[y]) / len(y)
+    matrix = model.dfa.feedback_matrix.numpy()
+    assert matrix.shape == (4, 9)
+    expected = []
+    for below, h in zip(hidden, hidden[1:]):
+        size = h.shape[1]
+        feedback = matrix[:, :size] / (math.sqrt(size * 4) if normalization else 1)
+        delta = (error @ feedback) * (len(y) if reduction == "sum" else 1) * (1 - h**2)
+        expected += [delta.T @ below, delta.sum(0)]
+    expected += [error.T @ hidden[-1], error.sum(0)]
+    assert_close(got, map(torch.from_numpy, expected))
+
+
+# Networks of several kinds
 
 
 class Network(nn.Module):
     """A stem, blocks that begin with a feedback point, and a head that begins with one."""
 
-    def __init__(self, stem, blocks, head, batch_dims=1):
+    def __init__(self, stem, blocks, head, **options):
         super().__init__()
         self.stem, self.blocks, self.head = stem, nn.ModuleList(blocks), head
-        self.dfa = DFA(self, batch_dims=batch_dims)
+        self.dfa = DFA(self, **options)
         self.recompute = False
 
     def forward(self, x):
@@ -54,165 +82,100 @@ class Residual(nn.Module):
         return torch.tanh(self.norm2(self.conv2(h)) + self.skip(x))
 
 
-class Attention(nn.Module):
-    """Causal self-attention and an MLP, each added to its input."""
+class Recurrent(nn.Module):
+    """One cell and one feedback point, called in each of three steps."""
 
-    def __init__(self, width):
+    def __init__(self, **options):
         super().__init__()
-        self.point, self.norm1, self.norm2 = DFALayer(), nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
-        )
+        self.cell, self.head = nn.Linear(7 + 6, 6), nn.Linear(6, 4)
+        self.point = DFALayer(recurrent=True)
+        self.dfa = DFA(self, **options)
 
     def forward(self, x):
-        x = self.point(x)
-        heads = self.qkv(self.norm1(x)).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(*heads, is_causal=True)
-        x = x + self.out(mixed.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norm2(x))
+        h = x.new_zeros(len(x), 6)
+        for step in range(3):
+            h = self.point(torch.tanh(self.cell(torch.cat([x * (step + 1), h], 1))))
+        return self.dfa(self.head(h))
 
 
-def fc():
+def mlp(**options):
     blocks = [nn.Sequential(DFALayer(), nn.Linear(9, 9), nn.Tanh()) for _ in range(2)]
     stem = nn.Sequential(nn.Linear(7, 9), nn.Tanh())
-    return Network(stem, blocks, nn.Sequential(DFALayer(), nn.Linear(9, 4)))
+    return Network(stem, blocks, nn.Sequential(DFALayer(), nn.Linear(9, 4)), **options)
 
 
-def cnn():
+def cnn(**options):
     stem = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.MaxPool2d(2))
     block = nn.Sequential(DFALayer(), nn.Conv2d(3, 5, 3), nn.Tanh(), nn.Flatten())
-    return Network(stem, [block], nn.Sequential(DFALayer(), nn.Linear(20, 4)))
+    return Network(stem, [block], nn.Sequential(DFALayer(), nn.Linear(20, 4)), **options)
 
 
-def resnet():
+def resnet(**options):
     stem = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Tanh())
     head = nn.Sequential(DFALayer(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 4))
-    return Network(stem, [Residual(3, 4), Residual(4, 5)], head)
+    return Network(stem, [Residual(3, 4), Residual(4, 5)], head, **options)
 
 
-def transformer():
+def transformer(**options):
     head = nn.Sequential(DFALayer(), nn.LayerNorm(8), nn.Linear(8, 11))
-    return Network(nn.Embedding(11, 8), [Attention(8), Attention(8)], head, batch_dims=2)
+    layers = (nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True) for _ in range(2))
+    blocks = [nn.Sequential(DFALayer(), layer) for layer in layers]
+    return Network(nn.Embedding(11, 8), blocks, head, batch_dims=2, **options)
 
 
-NETWORKS = {network.__name__: network for network in (fc, cnn, resnet, transformer)}
+SHAPES = {mlp: (7,), cnn: (2, 8, 8), resnet: (2, 6, 6), Recurrent: (7,)}
+NETWORKS = [mlp, cnn, resnet, transformer]
 
 
-def build(name):
+def make(network, **options):
+    """Builds a network, and draws a batch for it."""
     torch.manual_seed(0)
-    return NETWORKS[name]().double()
-
-
-def batch(name):
-    generator = torch.Generator().manual_seed(1)
-    if name == "transformer":
-        tokens = torch.randint(11, (SAMPLES, 6), generator=generator)
-        return tokens[:, :-1], tokens[:, 1:]
-    shape = {"fc": (7,), "cnn": (2, 8, 8), "resnet": (2, 6, 6)}[name]
-    x = torch.randn(SAMPLES, *shape, generator=generator, dtype=torch.float64)
-    return x, torch.randint(4, (SAMPLES,), generator=generator)
-
-
-def mean_loss(output, y):
-    return F.cross_entropy(output.flatten(0, -2), y.flatten())
-
-
-def gradients(model, *batches, run=None):
-    """Of the model, which `run` runs: accumulated over batches, of the mean loss over all."""
-    run = model if run is None else run
-    model.zero_grad()
-    for x, y in batches:
-        (mean_loss(run(x), y) / len(batches)).backward()
-    return [parameter.grad.clone() for parameter in model.parameters()]
-
-
-class Detach(nn.Module):
-    """Keeps its input, and ends the graph."""
-
-    def __init__(self, kept):
-        super().__init__()
-        self.kept = kept
-
-    def forward(self, hidden):
-        self.kept.append(hidden)
-        return hidden.detach()
-
-
-def expected(model, *batches, matrix=None):
-    """The same by plain autograd: e B_i goes into each block by itself."""
-    matrix = model.dfa.feedback_matrix if matrix is None else matrix
-    batch_dims = model.dfa.batch_dims
-    model = copy.deepcopy(model)
-    hidden, model.dfa = [], nn.Identity()
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, DFALayer):
-                setattr(module, name, Detach(hidden))
-    model.zero_grad()
-    for x, y in batches:
-        hidden.clear()
-        output = model.forward(x)
-        loss = mean_loss(output, y) / len(batches)
-        (error,) = torch.autograd.grad(loss, output, retain_graph=True)
-        signals = []
-        for h in hidden:
-            size = h.shape[batch_dims:].numel()
-            signal = error.reshape(-1, len(matrix)) @ matrix[:, :size]
-            signals.append(signal.view_as(h) / math.sqrt(size * len(matrix)))
-        torch.autograd.backward([output, *hidden], [error, *signals])
-    return [parameter.grad for parameter in model.parameters()]
-
-
-def assert_close(left, right):
-    for a, b in zip(left, right, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
-        assert b.abs().max() > 1e-4
+    model = network(**options).double()
+    if network is transformer:
+        tokens = torch.randint(11, (8, 6), generator=torch.Generator().manual_seed(1))
+        return model, (tokens[:, :-1], tokens[:, 1:])
+    return model, batch(*SHAPES[network])
 
 
 def halves(x, y):
     return list(zip(x.chunk(2), y.chunk(2)))
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_eager(name):
-    model, data = build(name), batch(name)
-    for _ in range(2):
-        assert_close(gradients(model, data), expected(model, data))
+@pytest.mark.parametrize("network", [*NETWORKS, Recurrent])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_eager(network, reduction):
+    model, data = make(network, reduction=reduction)
+    for batches in ([data], halves(*data)):
+        assert_close(gradients(model, *batches), expected_gradients(model, *batches))
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_accumulated(name):
-    model, data = build(name), halves(*batch(name))
-    assert_close(gradients(model, *data), expected(model, *data))
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_compiled(name):
+def compiled(model):
     torch.compiler.reset()
-    model, data = build(name), batch(name)
-    run = torch.compile(model, fullgraph=True, backend="aot_eager")
+    return torch.compile(model, fullgraph=True, backend="aot_eager")
+
+
+def checkpointed(model):
+    return lambda x: checkpoint(model, x, use_reentrant=False)
+
+
+def checkpointed_blocks(model):
+    model.recompute = True
+    return model
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("engine", [compiled, checkpointed, checkpointed_blocks])
+def test_engines(network, engine):
+    model, data = make(network)
+    run = engine(model)
     for _ in range(2):
-        assert_close(gradients(model, data, run=run), expected(model, data))
+        assert_close(gradients(model, data, run=run), expected_gradients(model, data))
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("whole", [False, True], ids=["blocks", "whole"])
-def test_computed_again(name, whole):
-    model, data = build(name), batch(name)
-    model.recompute = not whole
-    run = (lambda x: checkpoint(model, x, use_reentrant=False)) if whole else model
-    for _ in range(2):
-        got = gradients(model, data, run=run)
-        model.recompute = False
-        assert_close(got, expected(model, data))
-        model.recompute = not whole
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_functional_call_with_another_matrix(name):
-    """Of two forward passes before the backward passes, each has its own."""
-    model, (x, y) = build(name), batch(name)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_functional_call_with_another_matrix(network):
+    """Each of two forward passes has its own matrix in its backward pass."""
+    model, (x, y) = make(network)
     model(x)
     buffers = {key: tensor.clone() for key, tensor in model.named_buffers()}
     other = torch.randn_like(model.dfa.feedback_matrix)
@@ -222,14 +185,10 @@ def test_functional_call_with_another_matrix(name):
         model.zero_grad()
         loss.backward()
         got = [parameter.grad for parameter in model.parameters()]
-        assert_close(got, expected(model, (x, y), matrix=matrix))
+        assert_close(got, expected_gradients(model, (x, y), matrix=matrix))
 
 
 # Two processes, half of the batch each
-
-
-def distributed(model):
-    return DistributedDataParallel(model)
 
 
 def sharded(model):
@@ -241,7 +200,7 @@ def sharded(model):
 def work(rank, folder):
     torch.set_num_threads(1)
     found = {}
-    for engine in (distributed, sharded):
+    for engine in (DistributedDataParallel, sharded):
         dist.init_process_group(
             "gloo",
             f"file://{folder}/{engine.__name__}",
@@ -249,13 +208,13 @@ def work(rank, folder):
             world_size=2,
             timeout=timedelta(seconds=60),
         )
-        for name in NETWORKS:
-            model = build(name)
+        for network in NETWORKS:
+            model, data = make(network)
             parallel = engine(model)
             torch.manual_seed(rank)  # each process would draw another matrix
-            got = gradients(parallel, halves(*batch(name))[rank])
+            got = gradients(parallel, halves(*data)[rank])
             full = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in got]
-            found[engine.__name__, name] = full, model.dfa.feedback_matrix
+            found[engine.__name__, network.__name__] = full, model.dfa.feedback_matrix
         del model, parallel
         dist.destroy_process_group()
     torch.save(found, f"{folder}/{rank}.pt")
@@ -269,11 +228,14 @@ def found(tmp_path_factory):
     return [torch.load(f"{folder}/{rank}.pt") for rank in range(2)]
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("engine", ["distributed", "sharded"])
-def test_two_processes(found, engine, name):
-    (first, matrix), (second, other) = (result[engine, name] for result in found)
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("engine", [DistributedDataParallel, sharded])
+def test_two_processes(found, engine, network):
+    (first, matrix), (second, other) = (
+        result[engine.__name__, network.__name__] for result in found
+    )
     assert torch.equal(matrix, other)
-    wanted = expected(build(name), *halves(*batch(name)), matrix=matrix)
+    model, data = make(network)
+    wanted = expected_gradients(model, *halves(*data), matrix=matrix)
     assert_close(first, wanted)
     assert_close(second, wanted)

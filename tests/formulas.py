@@ -1,0 +1,194 @@
+"""Small DFA networks, and DFA by its definition: plain autograd, without DFA's own code."""
+
+import copy
+from functools import partial
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dfatools import DFA, DFALayer, dfa_from_bp
+
+# Networks and batches
+
+
+def fc(widths=(7, 6, 9, 4), dtype=torch.float64, **options):
+    """Builds Linear layers with Tanh between them and a feedback point behind each Tanh."""
+    torch.manual_seed(0)
+    layers = [
+        layer for sizes in zip(widths, widths[1:]) for layer in (nn.Linear(*sizes), nn.Tanh())
+    ]
+    return dfa_from_bp(nn.Sequential(*layers[:-1]), **options).to(dtype)
+
+
+def with_dfa(*modules, **options):
+    """Puts a `DFA`, called `dfa`, behind modules that hold their feedback points, in float64."""
+    model = nn.Sequential(*modules)
+    model.add_module("dfa", DFA(model, **options))
+    return model.double()
+
+
+def batch(*shape, samples=8, classes=4, dtype=torch.float64, seed=1):
+    """Draws inputs (samples, *shape), 7 features by default, and their classes."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(samples, *(shape or (7,)), generator=generator, dtype=dtype)
+    return x, torch.randint(classes, (samples,), generator=generator)
+
+
+class Residual(nn.Sequential):
+    """A Sequential by type only: its forward adds the input."""
+
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+class Recurrent(nn.Module):
+    """A cell called in each step, with a feedback point and a skip connection."""
+
+    def __init__(self, steps=2):
+        super().__init__()
+        self.first, self.cell, self.head = nn.Linear(7, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+        self.point, self.steps = DFALayer(recurrent=True), steps
+        self.dfa = DFA(self)
+
+    def step(self, h):
+        return self.point(torch.tanh(self.cell(h)) + h)
+
+    def forward(self, x):
+        h = self.first(x)
+        for _ in range(self.steps):
+            h = self.step(h)
+        return self.dfa(self.head(h))
+
+
+# Gradients as DFA computes them
+
+
+def mean_loss(output, y):
+    """Computes the mean cross-entropy over samples, or over all tokens of all samples."""
+    return F.cross_entropy(output.flatten(0, -2), y.flatten())
+
+
+def copy_gradients(model):
+    """Returns a copy of each parameter's gradient, or None."""
+    return [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+
+def gradients(model, *batches, run=None, loss=mean_loss):
+    """Accumulates gradients over batches: one forward and one backward pass for each.
+
+    Args:
+        run: calls the model, as its compiled version does; the model itself if None.
+
+    Returns: the gradient of the mean loss with respect to each parameter.
+    """
+    run = model if run is None else run
+    model.zero_grad()
+    for x, y in batches:
+        (loss(run(x), y) / len(batches)).backward()
+    return copy_gradients(model)
+
+
+# Gradients and signals by the definition
+
+
+class Definition:
+    """One pass of a copy of a DFA network, with hooks in the place of `dfatools`.
+
+    Args:
+        detach: end the graph behind each feedback point, as DFA does; if False, the graph is BP's.
+        names: the modules whose inputs and outputs are recorded, in `calls`.
+        matrix: the feedback matrix, if not the model's own.
+        forward: `forward(model, x)` computes the output; a call of the model by default.
+    """
+
+    def __init__(self, model, x, detach=True, names=(), matrix=None, forward=nn.Module.__call__):
+        self.model = copy.deepcopy(model)
+        (self.dfa,) = (module for module in self.model.modules() if isinstance(module, DFA))
+        self.dfa.training_method = "bp"  # all of dfatools is the identity
+        self.matrix = self.dfa.feedback_matrix if matrix is None else matrix
+        self.activations, self.detached = [], []  # at each call of a feedback point
+        self.calls = {name: [] for name in names}
+        for name in names:
+            module = self.model.get_submodule(name)
+            module.register_forward_hook(partial(self.record, name), with_kwargs=True)
+        for point in self.dfa.layers if detach else ():
+            point.register_forward_hook(self.detach)
+        self.output = forward(self.model, x)
+
+    def record(self, name, module, args, kwargs, output):
+        self.calls[name].append(((*args, *kwargs.values())[0], output))
+
+    def detach(self, point, args, hidden):
+        self.activations.append(hidden)
+        self.detached.append(hidden.detach().requires_grad_(hidden.requires_grad))
+        return self.detached[-1]
+
+    def error(self, y, loss):
+        """Computes e = dL/dy."""
+        return torch.autograd.grad(loss(self.output, y), self.output, retain_graph=True)[0]
+
+    def feedback(self, error):
+        """Computes e B_i for each activation at a feedback point."""
+        rows, signals = error.reshape(-1, len(self.matrix)), []
+        for hidden in self.activations:
+            size = hidden.shape[self.dfa.batch_dims :].numel()
+            scale = 1 / (size * len(self.matrix)) ** 0.5 if self.dfa.normalization else 1
+            scale *= len(rows) if self.dfa.reduction == "sum" else 1
+            signals.append((scale * rows @ self.matrix[:, :size]).view_as(hidden))
+        return signals
+
+    def propagate(self, error, to):
+        """Sends e, and e B_i where the graph is detached, back to the given tensors."""
+        pairs = zip(self.activations, self.feedback(error))
+        ends, signals = zip(
+            (self.output, error), *(pair for pair in pairs if pair[0].requires_grad)
+        )
+        return torch.autograd.grad(ends, to, signals, retain_graph=True, allow_unused=True)
+
+
+def expected_gradients(model, *batches, loss=mean_loss, **options):
+    """Computes the result of `gradients`; `options` are those of `Definition`."""
+    total = [torch.zeros_like(parameter) for parameter in model.parameters()]
+    for x, y in batches:
+        run = Definition(model, x, **options)
+        error = run.error(y, loss) / len(batches)
+        parts = run.propagate(error, [*run.model.parameters()])
+        total = [a + b for a, b in zip(total, parts, strict=True)]
+    return total
+
+
+def expected_signals(model, x, y, names, loss=F.cross_entropy):
+    """Computes {module name: [(BP gradient, DFA signal, DFA signal at the input) of each call]}.
+
+    The network is in eval mode, as `measure_alignment` and `prealign` run it.
+    """
+    options = {"names": names, "forward": lambda model, x: model.eval()(x)}
+    bp, dfa = (Definition(model, x, detach, **options) for detach in (False, True))
+    error = bp.error(y, loss)
+    feedback = dict(zip(dfa.detached, dfa.feedback(error)))
+    result = {name: [] for name in names}
+    for name in names:
+        for (_, bp_output), (source, output) in zip(bp.calls[name], dfa.calls[name], strict=True):
+            (gradient,) = bp.propagate(error, [bp_output])
+            (signal,), at_input = dfa.propagate(error, [output]), feedback.get(source)
+            if at_input is None and source.requires_grad:
+                (at_input,) = dfa.propagate(error, [source])
+            result[name].append((gradient, signal, at_input))
+    return result
+
+
+# Assertions
+
+
+def assert_close(got, expected, tolerance=1e-12):
+    """Asserts that tensors are the same up to rounding, and not zero throughout."""
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+        assert b.abs().max() > 1e-4
+
+
+def assert_same(got, expected):
+    """Asserts that tensors are the same bit for bit, or both None."""
+    for a, b in zip(got, expected, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)

@@ -1,0 +1,119 @@
+"""Measuring and pre-alignment leave a model, gradients and random numbers as they were."""
+
+import copy
+import weakref
+from contextlib import contextmanager
+
+import pytest
+import torch
+from formulas import batch, fc, with_dfa
+from torch import nn
+from torch.nn import functional as F
+
+from dfatools import BottleneckLinear, DFALayer, dfa_from_bp, measure_alignment, prealign
+
+
+@contextmanager
+def undisturbed(model, changing=()):
+    """Checks the model, but for the weights named in `changing`, and the default generator."""
+    gradients = [parameter.grad for parameter in model.parameters()]
+
+    def tensors():
+        kept = {key: value for key, value in model.state_dict().items() if key not in changing}
+        return kept, gradients, torch.get_rng_state()
+
+    def modes():
+        return [module.training for module in model.modules()], model[-1].training_method
+
+    before = copy.deepcopy((tensors(), modes()))
+    yield
+    torch.testing.assert_close(tensors(), before[0], rtol=0, atol=0)
+    assert modes() == before[1]
+    assert all(p.grad is gradient for p, gradient in zip(model.parameters(), gradients))
+    assert all(p.requires_grad and p.is_leaf for p in model.parameters())
+    assert_no_hook_keeps_tensors(model)
+
+
+def assert_no_hook_keeps_tensors(model):
+    outputs = []
+
+    def record(module, args, output):
+        outputs.append(weakref.ref(output))
+
+    for module in model.modules():
+        module.register_forward_hook(record, prepend=True)  # sees what any other hook gets
+    model(batch()[0])
+    assert outputs and not any(output() is not None for output in outputs)
+
+
+class Noisy(nn.Module):
+    """Draws random numbers in eval mode too."""
+
+    def forward(self, x):
+        return F.dropout(x, 0.5, training=True)
+
+
+@pytest.mark.parametrize("grad_mode", [torch.enable_grad, torch.no_grad])
+@pytest.mark.parametrize("method", ["dfa", "bp", "shallow"])
+@pytest.mark.parametrize("act, changing", [(measure_alignment, ()), (prealign, ["5.weight"])])
+def test_a_model_with_gradients_in_mixed_modes(act, changing, method, grad_mode):
+    x, y = batch()
+    layers = nn.Dropout(0.5), nn.Linear(7, 6), nn.Tanh(), nn.BatchNorm1d(6), Noisy()
+    bp = nn.Sequential(*layers, nn.Linear(6, 4))
+    model = dfa_from_bp(bp, example=x.float(), training_method=method).double()
+    model.get_submodule("4").eval()
+    F.cross_entropy(model(x), y).backward()
+    model.get_submodule("5").bias.grad = None
+    with grad_mode(), undisturbed(model, changing):
+        act(model, x, y, F.cross_entropy)
+        assert torch.is_grad_enabled() == (grad_mode is torch.enable_grad)
+
+
+def test_a_loss_that_fails():
+    x, y = batch()
+    model = fc(example=x.float())
+    with undisturbed(model), pytest.raises(ZeroDivisionError):
+        measure_alignment(model, x, y, lambda output, y: 1 / 0)
+
+
+class Merging(nn.Linear):
+    """Merges its update into the weight in eval mode, as LoRA does."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs)
+        self.update, self.merged = nn.Parameter(torch.randn(outputs, inputs)), False
+
+    def train(self, mode=True):
+        super().train(mode)
+        if mode == self.merged:
+            self.weight.data += -self.update.data if mode else self.update.data
+            self.merged = not mode
+        return self
+
+    def forward(self, x):
+        return super().forward(x) + (0 if self.merged else x @ self.update.T)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_modes_are_restored_by_train(mode):
+    model = with_dfa(nn.Linear(7, 6), nn.Tanh(), DFALayer(), Merging(6, 4)).train(mode)
+    measure_alignment(model, *batch(), F.cross_entropy)
+    assert model.training == model[3].training == mode != model[3].merged
+
+
+def test_the_generator_of_a_bottleneck():
+    bottleneck = BottleneckLinear(6, 9, 0.5)
+    model = with_dfa(nn.Linear(7, 6), bottleneck, DFALayer(), nn.Linear(9, 4))
+    bottleneck.input_generator = generator = torch.Generator().manual_seed(5)
+    before = generator.get_state()
+    measure_alignment(model, *batch(), F.cross_entropy)
+    assert torch.equal(generator.get_state(), before) and bottleneck.thinning
+
+
+def test_a_feedback_matrix_takes_its_random_numbers_for_good():
+    first, second = fc(), fc()
+    for model in (first, second):
+        measure_alignment(model, *batch(), F.cross_entropy)
+    third = torch.randn(4, 9, dtype=torch.float64)
+    matrices = first[-1].feedback_matrix, second[-1].feedback_matrix, third
+    assert len({matrix.sum().item() for matrix in matrices}) == 3
