@@ -20,7 +20,7 @@ test: $(VENV)/installed-tests
 
 soak: $(VENV)/installed-tests
 	DFA_SOAK=$(DFA_SOAK) $(VENV)/bin/python -m pytest -q -rP tests/test_kills.py \
-		tests/test_processes.py tests/test_full_disk.py tests/test_fuzz.py
+		tests/test_sharing.py tests/test_full_disk.py tests/test_damaged_files.py
 
 lint: $(VENV)/installed-tests
 	$(VENV)/bin/python -m ruff check .

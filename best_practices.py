@@ -7,8 +7,7 @@
     torchrun --nproc_per_node=8 best_practices.py               the runs spread over 8 GPUs
 
 Results go to results/best_practices/<experiment>/seed-<n>/, the tables, the figures and report.html
-to results/best_practices/. What is finished is not run again; what was interrupted goes on where it
-stopped.
+to results/best_practices/. Finished runs are skipped, and interrupted ones are resumed.
 """
 
 import sys
@@ -16,12 +15,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from mltools.data import load_dataset
 from mltools.errors import exit_code, show
 from mltools.figures import Figure, accuracy_figure, alignment_figure, curves, final_figure
 from mltools.networks import Network
-from mltools.report import write_html
-from mltools.results import RunFolder
-from mltools.sweep import Options, parse, run, runs_of
+from mltools.report import write_report
+from mltools.results import RunResult
+from mltools.sweep import Options, is_first, load_runs, parse_options, run_sweep
 from mltools.tables import Table, protocols, reference_row, summarise, write_tables
 from mltools.training import Experiment
 
@@ -34,7 +34,11 @@ DATASET = "CIFAR-10"
 
 SCRIPT = "best_practices"
 RELEASE = Path(__file__).resolve().parent / "reference" / "release.json"
-# The 2019 protocol: hidden layers get the error summed over the batch, the output layer its mean.
+# The 2019 protocol.
+EPOCHS = 50
+BATCH_SIZE = 128
+SEEDS = range(10)
+# Hidden layers get the error summed over the batch, the output layer its mean.
 dfa = partial(Experiment, reduction="sum", learning_rate=5e-4)
 # Plain backpropagation under the mean loss.
 bp = partial(Experiment, training_method="bp")
@@ -68,23 +72,29 @@ ARCHITECTURES = [
 
 
 def main() -> None:
-    defaults = Options(dataset=DATASET, data_dir=DATA_DIR, results_dir=RESULTS_DIR)
-    options, chosen, tables_only = parse(
-        f"{SCRIPT}.py", __doc__, lambda arguments: EXPERIMENTS, defaults
+    defaults = Options(
+        dataset=DATASET,
+        data_dir=DATA_DIR,
+        results_dir=RESULTS_DIR,
+        seeds=SEEDS,
+        epochs=EPOCHS,
+        batch_size=BATCH_SIZE,
     )
-    if not tables_only:
-        run(SCRIPT, chosen, options)
-    folder, runs = options.results_dir / SCRIPT, runs_of(SCRIPT, chosen, options)
-    made = tables(chosen, runs)
-    markdown = write_tables(folder, made)
-    title = "Best practices for Direct Feedback Alignment"
-    write_html(folder, title, made, figures(chosen, made, runs, folder), runs)
-    show(markdown)
+    options, chosen = parse_options(SCRIPT, __doc__, defaults, lambda options: EXPERIMENTS)
+    if not options.tables_only:
+        run_sweep(SCRIPT, chosen, options, load_dataset(options.dataset, options.data_dir))
+    folder, runs = options.results_dir / SCRIPT, load_runs(SCRIPT, chosen, options)
+    tables = make_tables(chosen, runs)
+    markdown = write_tables(folder, tables)
+    figures = make_figures(chosen, tables, runs, folder)
+    write_report(folder, "Best practices for Direct Feedback Alignment", tables, figures, runs)
+    if is_first():
+        show(markdown)
 
 
-def tables(experiments: list[Experiment], runs: dict[str, list[RunFolder]]) -> list[Table]:
-    """One table for each architecture, with what the 2019 release gives beside ours."""
-    result = []
+def make_tables(experiments: list[Experiment], runs: dict[str, list[RunResult]]) -> list[Table]:
+    """Returns a table for each architecture, with the 2019 release's numbers beside ours."""
+    tables = []
     for title, architecture, layers in ARCHITECTURES:
         rows = []
         for experiment in experiments:
@@ -92,30 +102,31 @@ def tables(experiments: list[Experiment], runs: dict[str, list[RunFolder]]) -> l
                 rows.append(summarise(experiment.name, runs[experiment.name]))
                 rows += reference_row(rows[-1], RELEASE, "2019 release")
         if rows:
-            result.append(Table(f"{title}: {protocols(rows)}", rows, layers))
-    return result
+            tables.append(Table(f"{title}: {protocols(rows)}", rows, layers))
+    return tables
 
 
-def figures(
+def make_figures(
     experiments: list[Experiment],
     tables: list[Table],
-    runs: dict[str, list[RunFolder]],
+    runs: dict[str, list[RunResult]],
     folder: Path,
 ) -> list[Figure]:
-    """Where alignment ends, and how each architecture gets there."""
-    made = [final_figure(tables, folder / "alignment")]
+    """Draws the final alignment, and for each architecture the curves against epochs."""
+    figures = [final_figure(tables, folder / "alignment")]
     for title, architecture, layers in ARCHITECTURES:
-        rows = {
+        lines = {
             experiment.name: curves(runs[experiment.name])
             for experiment in experiments
             if experiment.network.architecture == architecture
         }
-        if rows:
-            made += [
-                alignment_figure(rows, layers, title, folder / f"{architecture}-alignment-epochs"),
-                accuracy_figure(rows, title, folder / f"{architecture}-accuracy-epochs"),
-            ]
-    return [figure for figure in made if figure]
+        if lines:
+            stem = folder / f"{architecture}-alignment-epochs"
+            figures.append(alignment_figure(lines, layers, title, stem))
+            figures.append(
+                accuracy_figure(lines, title, folder / f"{architecture}-accuracy-epochs")
+            )
+    return [figure for figure in figures if figure]
 
 
 if __name__ == "__main__":

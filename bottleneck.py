@@ -7,18 +7,20 @@
     torchrun --nproc_per_node=8 bottleneck.py         the runs spread over 8 GPUs
 
 Results go to results/bottleneck/<experiment>/seed-<n>/, the table, the figures and report.html to
-results/bottleneck/. What is finished is not run again; what was interrupted goes on.
+results/bottleneck/. Finished runs are skipped, and interrupted ones are resumed.
 """
 
-import argparse
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from bottleneck_from_log import write_report
+from mltools.bottleneck import write_bottleneck_report
+from mltools.data import load_dataset
 from mltools.errors import UserError, exit_code, show
 from mltools.networks import Network
-from mltools.sweep import Options, parse, run, runs_of
-from mltools.training import Experiment
+from mltools.sweep import Options, is_first, load_runs, parse_options, run_sweep
+from mltools.training import Experiment, option
 
 # TODO: where the data is; what is not there is fetched.
 DATA_DIR = Path("data")
@@ -28,64 +30,74 @@ RESULTS_DIR = Path("results")
 DATASET = "CIFAR-10"
 
 SCRIPT = "bottleneck"
+PUBLISHED = Path(__file__).resolve().parent / "reference" / "published_bottleneck.json"
 WIDTH = 800
 SIZES = (1, 3, 5, 8, 11, 18, 28, 46, 73, 118, 191, 308, 496, 800)
+# The 2019 protocol, as in best_practices.py.
+EPOCHS = 50
+BATCH_SIZE = 128
+SEEDS = (0,)
+LEARNING_RATE = 5e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class BottleneckOptions(Options):
+    """The options of this script."""
+
+    sizes: Sequence[int] = option(
+        f"the bottleneck sizes, 1 to {WIDTH}", SIZES, type=int, nargs="+", metavar="B"
+    )
+    init: Sequence[str] = option(
+        "std: PyTorch's own initialisation; pai: pre-alignment",
+        ("std", "pai"),
+        choices=("std", "pai"),
+        nargs="+",
+    )
+    kind: str = option(
+        f"gradient: B of {WIDTH} gradient entries pass on average; width: the layer has B units",
+        "gradient",
+        choices=("gradient", "width"),
+    )
+
+
+def experiments(options: BottleneckOptions) -> list[Experiment]:
+    """Returns an experiment for each initialisation and size.
+
+    Raises UserError for a size out of range.
+    """
+    for size in options.sizes:
+        if not 1 <= size <= WIDTH:
+            raise UserError(f"--sizes takes numbers from 1 to {WIDTH}, not {size}")
+    return [experiment(options.kind, init, size) for init in options.init for size in options.sizes]
 
 
 def experiment(kind: str, init: str, size: int) -> Experiment:
-    """A row: three hidden layers, with the bottleneck in or instead of the second."""
+    """Returns three hidden layers, with the bottleneck in or instead of the second."""
     if kind == "gradient":
         name, network = f"{init}-{size}", Network(bottleneck=size / WIDTH)
     else:
         name, network = f"width-{init}-{size}", Network(hidden=(WIDTH, size, WIDTH))
-    # The 2019 protocol, as in best_practices.py.
-    return Experiment(name, network, prealigned=init == "pai", reduction="sum", learning_rate=5e-4)
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--sizes",
-        type=int,
-        nargs="+",
-        default=SIZES,
-        metavar="B",
-        help=f"the bottleneck sizes, 1 to {WIDTH} (default: {' '.join(map(str, SIZES))})",
+    return Experiment(
+        name, network, prealigned=init == "pai", reduction="sum", learning_rate=LEARNING_RATE
     )
-    parser.add_argument(
-        "--init",
-        choices=("std", "pai"),
-        nargs="+",
-        default=("std", "pai"),
-        help="std: PyTorch's own initialisation; pai: pre-alignment (default: std pai)",
-    )
-    parser.add_argument(
-        "--kind",
-        choices=("gradient", "width"),
-        default="gradient",
-        help=f"gradient: B of {WIDTH} gradient entries pass on average; width: the layer has B "
-        "units (default: gradient)",
-    )
-
-
-def experiments(arguments: argparse.Namespace) -> list[Experiment]:
-    for size in arguments.sizes:
-        if not 1 <= size <= WIDTH:
-            raise UserError(f"--sizes takes numbers from 1 to {WIDTH}, not {size}")
-    return [
-        experiment(arguments.kind, init, size)
-        for init in arguments.init
-        for size in arguments.sizes
-    ]
 
 
 def main() -> None:
-    defaults = Options(dataset=DATASET, data_dir=DATA_DIR, results_dir=RESULTS_DIR, seeds=(0,))
-    options, chosen, tables_only = parse(
-        f"{SCRIPT}.py", __doc__, experiments, defaults, add_options
+    defaults = BottleneckOptions(
+        dataset=DATASET,
+        data_dir=DATA_DIR,
+        results_dir=RESULTS_DIR,
+        seeds=SEEDS,
+        epochs=EPOCHS,
+        batch_size=BATCH_SIZE,
     )
-    if not tables_only:
-        run(SCRIPT, chosen, options)
-    show(write_report(runs_of(SCRIPT, chosen, options), options.results_dir / SCRIPT))
+    options, chosen = parse_options(SCRIPT, __doc__, defaults, experiments)
+    if not options.tables_only:
+        run_sweep(SCRIPT, chosen, options, load_dataset(options.dataset, options.data_dir))
+    runs = load_runs(SCRIPT, chosen, options)
+    markdown = write_bottleneck_report(runs, options.results_dir / SCRIPT, PUBLISHED)
+    if is_first():
+        show(markdown)
 
 
 if __name__ == "__main__":

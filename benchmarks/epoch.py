@@ -21,10 +21,8 @@ import argparse
 import resource
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -42,11 +40,11 @@ from harness import (
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mltools import runs
-from mltools.data import DATASETS, DataSet, import_torchvision, load
+from mltools.data import DATASETS, DataSet, import_torchvision, load_dataset
+from mltools.gpu import own_stream
 from mltools.networks import Network
-from mltools.results import RunFolder
-from mltools.training import Experiment, Trainer
+from mltools.results import Metrics, RunFolder
+from mltools.training import Experiment, Run, Trainer, train_run
 
 BATCH = 128
 STEPS = 100  # that are timed by themselves
@@ -75,14 +73,14 @@ class Images(Dataset):
 
 
 class TimedTrainer(Trainer):
-    """Adds up how long its steps' arithmetic takes."""
+    """A trainer that adds up the seconds of its steps' arithmetic."""
 
-    arithmetic = 0.0  # seconds
+    arithmetic = 0.0
 
     def learn(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         start = time.perf_counter()
         result = super().learn(x, y)
-        TimedTrainer.arithmetic += time.perf_counter() - start
+        self.arithmetic += time.perf_counter() - start
         return result
 
 
@@ -91,7 +89,7 @@ def plain_epoch(trainer: Trainer, data: DataSet, workers: int) -> None:
     loader = partial(
         DataLoader, batch_size=BATCH, num_workers=workers, pin_memory=device.type == "cuda"
     )
-    train_set, test_set = (Images(*part.dataset[:]) for part in (data.train, data.test))
+    train_set, test_set = (Images(*split.dataset[:]) for split in (data.train, data.test))
     loss_sum, correct = 0.0, 0
     trainer.model.train()
     for x, y in loader(train_set, shuffle=True, drop_last=True):
@@ -110,23 +108,18 @@ def plain_epoch(trainer: Trainer, data: DataSet, workers: int) -> None:
 
 
 def graphs_in_turns(
-    experiment: Experiment,
-    data: DataSet,
-    settings: dict,
-    bare: Callable[[], None],
-    device: torch.device,
+    run: Run, data: DataSet, bare: Callable[[], None], device: torch.device
 ) -> tuple[list[float], list[float]]:
-    """Seconds of a step and of its bare products, both launched as graphs, over some epochs."""
+    """Returns the seconds of a step and of its bare products, as graphs, over some epochs."""
     replay = launched(bare, device)
     with torch.cuda.stream(torch.cuda.Stream(device)):
-        trainer = Trainer(experiment, data, settings, device)
+        trainer = Trainer(run, data, device)
         trainer.capture()
         batches = len(trainer.batches)
 
         def steps() -> None:
-            taken = 0
-            while taken < batches:
-                taken += trainer.step()
+            while trainer.batches.left:
+                trainer.step()
 
         def products_alone() -> None:
             for _ in range(batches):
@@ -142,11 +135,8 @@ def graphs_in_turns(
 
 def measure(name: str, data: DataSet, device: torch.device, epochs: int, workers: int) -> str:
     experiment = Experiment(name, Network(name), reduction="sum", learning_rate=5e-4)
-    settings = {
-        "experiment": asdict(experiment), "seed": 0, "dataset": data.name, "epochs": 1 + epochs,
-        "batch_size": BATCH, "feedback_placement": "release", "precision": "float32",
-    }  # fmt: skip
-    plain = Trainer(experiment, data, settings, device)
+    run = Run(experiment=experiment, seed=0, dataset=data.name, epochs=1 + epochs, batch_size=BATCH)
+    plain = Trainer(run, data, device)
     plain.batches.begin(0)
     x, y = plain.batches.take()
     count, works = products(plain.model, x)
@@ -155,11 +145,14 @@ def measure(name: str, data: DataSet, device: torch.device, epochs: int, workers
         for work in works:
             work()
 
-    ours, theirs, steps, bares, shares = [], [], [], [], []
-    runs.Trainer = TimedTrainer  # type: ignore[misc]  # what a run is made with
+    ours: list[float] = []
+    theirs: list[float] = []
+    steps: list[float] = []
+    bares: list[float] = []
+    shares: list[float] = []
     since, peak = time.perf_counter(), 0
 
-    def epoch_ended(metrics: dict) -> None:
+    def epoch_ended(metrics: Metrics) -> None:
         nonlocal since, peak
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -168,25 +161,23 @@ def measure(name: str, data: DataSet, device: torch.device, epochs: int, workers
             peak = torch.cuda.max_memory_allocated(device)
         if metrics["epoch"] > 1:  # the first one sets up
             ours.append(own)
-            shares.append(1 - TimedTrainer.arithmetic / own)
+            shares.append(1 - timed.arithmetic / own)
             theirs.append(seconds(lambda: plain_epoch(plain, data, workers), device))
             plain.model.train()
             if device.type == "cuda":
-                step, products_alone = graphs_in_turns(experiment, data, settings, bare, device)
+                step, products_alone = graphs_in_turns(run, data, bare, device)
             else:
                 step, products_alone = in_turns([lambda: plain.learn(x, y), bare], STEPS, device)
             steps.extend(step)
             bares.extend(products_alone)
-        TimedTrainer.arithmetic = 0.0
+        timed.arithmetic = 0.0
         since = time.perf_counter()
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, own_stream(device):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        runs.train(
-            experiment, data, RunFolder(Path(folder) / "run"), settings, device,
-            lambda line: None, epoch_ended, threading.Event(),
-        )  # fmt: skip
+        timed = TimedTrainer(run, data, device)
+        train_run(timed, RunFolder(Path(folder) / "run"), epoch_ended=epoch_ended)
     epoch, step = statistics.median(ours), statistics.median(steps)
     batches = len(data.train) // BATCH
     outside = statistics.median(shares)
@@ -220,7 +211,7 @@ def main() -> None:
     print(machine(args.device))
     with tempfile.TemporaryDirectory() as folder:
         write_random_images(Path(folder) / "cifar10.npz")
-        data = load("CIFAR-10", folder)
+        data = load_dataset("CIFAR-10", folder)
     for name in args.networks:
         print(measure(name, data, args.device, args.epochs, args.workers), flush=True)
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine, the clock, the arithmetic that a step cannot avoid."""
+"""Helpers of the benchmarks: the machine, the clock, the arithmetic that a step cannot avoid."""
 
 import os
 import platform
@@ -38,7 +38,7 @@ def _processor(device: torch.device) -> str:
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """How long a call takes, the device's part included."""
+    """Returns the seconds that a call takes, the device's work included."""
 
     def synchronize() -> None:
         if device.type == "cuda":
@@ -55,7 +55,7 @@ def launched(work: Callable[[], object], device: torch.device) -> Callable[[], o
     """The work, on CUDA as one graph: launched call by call, small networks wait for the host."""
     if device.type != "cuda":
         return work
-    torch.cuda.synchronize(device)  # what the work needs is made on another stream
+    torch.cuda.synchronize(device)  # the tensors of the work are made on another stream
     stream = torch.cuda.Stream(device)
     with torch.cuda.stream(stream):
         for _ in range(WARM_UP):
@@ -69,7 +69,7 @@ def launched(work: Callable[[], object], device: torch.device) -> Callable[[], o
 def in_turns(
     works: Sequence[Callable[[], object]], repeats: int, device: torch.device
 ) -> list[list[float]]:
-    """Calls the works in turn, so that what else the machine does slows all; seconds of each."""
+    """Calls the works in turn, so that other load slows all alike; returns the seconds of each."""
     rows = [[seconds(work, device) for work in works] for _ in range(WARM_UP + repeats)]
     return [list(column) for column in zip(*rows[WARM_UP:])]
 
@@ -150,7 +150,7 @@ def write_random_images(path: Path) -> None:
     """A data set of CIFAR-10's size, for benchmarks that need no real one."""
     random = np.random.default_rng(0)
     arrays = {}
-    for half, count in (("train", 50_000), ("test", 10_000)):
-        arrays[f"x_{half}"] = random.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-        arrays[f"y_{half}"] = random.integers(0, 10, count, dtype=np.uint8)
+    for split, count in (("train", 50_000), ("test", 10_000)):
+        arrays[f"x_{split}"] = random.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+        arrays[f"y_{split}"] = random.integers(0, 10, count, dtype=np.uint8)
     np.savez(path, allow_pickle=False, **arrays)

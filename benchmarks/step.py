@@ -10,7 +10,7 @@ machine does slows both.
 `DFA / BP` is the median of the ratio over pairs of neighbouring steps, with its quartiles behind;
 `allowed` is the ratio of multiply-adds in matrix products, which leaves out everything else.
 
-docs/performance.md has what was measured.
+docs/performance.md has measured numbers.
 """
 
 import argparse

@@ -42,7 +42,7 @@ from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dfatools import DFA, DFALayer
-from mltools.data import Loader, TrainingLoader, load
+from mltools.data import Loader, TrainingLoader, load_dataset
 
 
 class Block(nn.Module):
@@ -118,7 +118,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     autocast = torch.autocast(
         device.type, torch.bfloat16, enabled=args.bf16 and args.engine == "ddp"
     )
-    data = load("Digits", ".")
+    data = load_dataset("Digits", ".")
     batches = TrainingLoader(data.train, args.batch_size, device)  # in the same order everywhere
     for epoch in range(args.epochs):
         start, total = time.perf_counter(), torch.zeros((), device=device)

@@ -24,9 +24,9 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dfatools import DFA, DFALayer, measure_alignment
-from mltools.data import DataSet, Loader, TrainingLoader, load
+from mltools.data import DataSet, Loader, TrainingLoader, load_dataset
 from mltools.errors import show
-from mltools.files import user_path
+from mltools.results import user_path
 
 matplotlib.use("Agg")  # files only: no display is needed
 from matplotlib import pyplot as plt
@@ -139,7 +139,7 @@ def main() -> None:
     if args.output.suffix != ".png" or not args.output.parent.is_dir():
         parser.error("--output: a .png file, in a folder that is there")
     torch.set_num_threads(1)  # in a network this small, more would mostly wait for one another
-    data = load("Digits", ".")
+    data = load_dataset("Digits", ".")
     runs = {method: train(method, data, args.epochs) for method in METHODS}
     alignment = runs["dfa"][1]
     draw({method: accuracy for method, (accuracy, _) in runs.items()}, alignment, args.output)

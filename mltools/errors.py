@@ -2,26 +2,35 @@
 
 import os
 import sys
-import time
-from collections.abc import Callable
-
-from mltools import processes
-
-OTHERS_WAIT = 5.0  # seconds
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
-    """Bad input. The message is one line: what is wrong and what to do about it.
-
-    See `exit_code` for what becomes of it.
-    """
+    """Bad input. The message is one line: what is wrong, where, and what to do about it."""
 
 
 def one_line(error: Exception) -> str:
-    """An error's message on one short line, whatever a damaged file has put into it."""
-    told = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    line = " ".join("".join(c if c.isprintable() else " " for c in told).split())
+    """Returns an error's message as one short line, whatever a damaged file has put into it."""
+    message = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    line = " ".join("".join(c if c.isprintable() else " " for c in message).split())
     return line if len(line) <= 160 else line[:157] + "..."
+
+
+@contextmanager
+def reading(source: object, remedy: str) -> Iterator[None]:
+    """Turns every error of a block that reads a file into one UserError.
+
+    Args:
+        source: the file, or a place in it.
+        remedy: what the user can do.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # json, zipfile, NumPy and PyTorch raise all kinds at a damaged file
+        raise UserError(f"{source} cannot be read ({one_line(error)}): {remedy}") from error
 
 
 def show(text: str, error: bool = False) -> bool:
@@ -47,10 +56,10 @@ def show(text: str, error: bool = False) -> bool:
 
 
 def exit_code(main: Callable[[], None]) -> int:
-    """Runs a script's `main`, and says on stderr, in one line, what has ended it.
+    """Runs a script's `main`, and reports the error that ends it on stderr, in one line.
 
-    Returns: 0; 2 for what the user can mend before it is tried again; 1 where the system fails, say
-    for want of room; 130 if it was interrupted.
+    Returns: 0; 2 for an error that the user can correct; 1 where the system fails, for instance on
+    a full disk; 130 if it was interrupted.
     """
     try:
         main()
@@ -58,15 +67,10 @@ def exit_code(main: Callable[[], None]) -> int:
     except UserError as error:
         code, message = 2, f"error: {error}"
     except KeyboardInterrupt:
-        code, message = 130, "interrupted: the same command goes on where this one stopped"
+        code, message = 130, "interrupted: the same command resumes where this one stopped"
     except OSError as error:
-        where = error.filename2 or error.filename
-        what = f"{where}: {one_line(error)}" if where else one_line(error)
-        message = f"error: {what}; once that is mended, the same command goes on from there"
-        code = 1
-    if processes.rank() > 0:  # most often, rank 0 has the same to say
-        if code == 130:
-            return code
-        time.sleep(OTHERS_WAIT)  # in which torchrun ends this process, if rank 0 has failed
+        path = error.filename2 or error.filename
+        reason = f"{path}: {one_line(error)}" if path else one_line(error)
+        code, message = 1, f"error: {reason}; once that is fixed, the same command resumes"
     show(message, error=True)
     return code

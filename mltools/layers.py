@@ -13,27 +13,24 @@ from torch.nn import functional as F
 class Linear(nn.Linear):
     """An `nn.Linear` that can take the step of plain SGD within its backward pass.
 
-    Where `learning_rate` is set, a backward pass in train mode does W <- W - lr (dL/dy)^T x in one
-    matrix product, which adds to the weight in place, and the same for the bias. The gradient is
-    not written to memory to be read again: it stays None, and an optimizer passes over it. A loss
-    must then have one backward pass, and a layer one call in it.
-
-    Attributes:
-        learning_rate: None, the default, is `nn.Linear`.
+    Where `lr`, the learning rate, is not None, a backward pass in train mode does
+    W <- W - lr (dL/dy)^T x in one matrix product, which adds to the weight in place, and the same
+    for the bias. The gradient is not written to memory and read again: `weight.grad` stays None,
+    and an optimizer skips it. A loss must then have one backward pass, and a layer one call in it.
 
     Shapes: (*, in_features) to (*, out_features).
     """
 
-    learning_rate: float | None = None
+    lr: float | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.learning_rate is None or not self.training:
+        if self.lr is None or not self.training:
             return _linear(input, self.weight, self.bias)
-        return _LinearStep.apply(input, self.weight, self.bias, self.learning_rate)
+        return _LinearStep.apply(input, self.weight, self.bias, self.lr)
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear, which on an H100 takes about twice as long for a bias of one dimension."""
+    """Computes F.linear, which takes about twice as long on an H100 for a 1-dimensional bias."""
     if bias is None or input.dim() != 2:
         return F.linear(input, weight, bias)
     return torch.addmm(bias.expand(len(input), -1), input, weight.t())
@@ -43,36 +40,33 @@ class _LinearStep(torch.autograd.Function):
     """`_linear`; backward: the gradient for the input, and a step of the weight and the bias."""
 
     @staticmethod
-    def forward(ctx, input: Tensor, weight: Tensor, bias: Tensor | None, learning_rate: float):
+    def forward(ctx, input: Tensor, weight: Tensor, bias: Tensor | None, lr: float):
         ctx.save_for_backward(input)
         # Not saved for backward, where autograd would object to the step.
-        ctx.weight, ctx.bias, ctx.learning_rate = weight, bias, learning_rate
+        ctx.weight, ctx.bias, ctx.lr = weight, bias, lr
         return _linear(input, weight, bias)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx, grad_output: Tensor):
         (input,) = ctx.saved_tensors
-        sent = gradient @ ctx.weight if ctx.needs_input_grad[0] else None
-        rows = gradient.flatten(0, -2)
-        ctx.weight.addmm_(rows.t(), input.flatten(0, -2), alpha=-ctx.learning_rate)
+        grad_input = grad_output @ ctx.weight if ctx.needs_input_grad[0] else None
+        rows = grad_output.flatten(0, -2)
+        ctx.weight.addmm_(rows.t(), input.flatten(0, -2), alpha=-ctx.lr)
         if ctx.bias is not None:
-            ctx.bias.add_(rows.sum(0), alpha=-ctx.learning_rate)
-        return sent, None, None, None
+            ctx.bias.add_(rows.sum(0), alpha=-ctx.lr)
+        return grad_input, None, None, None
 
 
 class Conv2d(nn.Conv2d):
-    """An `nn.Conv2d`, padded with a number of zeros, that can take SGD's step as `Linear` does.
-
-    Attributes:
-        learning_rate: None, the default, is `nn.Conv2d`.
+    """An `nn.Conv2d`, padded with a number of zeros, that can take its SGD step like `Linear`.
 
     Shapes: (N, in_channels, H, W) to (N, out_channels, H', W').
     """
 
-    learning_rate: float | None = None
+    lr: float | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.learning_rate is None or not self.training:
+        if self.lr is None or not self.training:
             return super().forward(input)
         return _Conv2dStep.apply(input, self.weight, self.bias, self)
 
@@ -88,23 +82,23 @@ class _Conv2dStep(torch.autograd.Function):
         return F.conv2d(input, weight, bias, *ctx.geometry)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx, grad_output: Tensor):
         (input,) = ctx.saved_tensors
-        weight, bias, rate = ctx.layer.weight, ctx.layer.bias, ctx.layer.learning_rate
+        weight, bias, lr = ctx.layer.weight, ctx.layer.bias, ctx.layer.lr
         stride, padding, dilation, groups = ctx.geometry
-        # torch.nn.grad's functions do not know how the weight lies in memory, and take longer.
-        sent, step, _ = torch.ops.aten.convolution_backward(
-            gradient, input, weight, None, stride, padding, dilation, False, (0, 0), groups,
+        # torch.nn.grad's functions ignore the weight's memory format, and take longer.
+        grad_input, grad_weight, _ = torch.ops.aten.convolution_backward(
+            grad_output, input, weight, None, stride, padding, dilation, False, (0, 0), groups,
             (ctx.needs_input_grad[0], True, False),
         )  # fmt: skip
-        weight.add_(step, alpha=-rate)
+        weight.add_(grad_weight, alpha=-lr)
         if bias is not None:
-            bias.add_(_sums(gradient), alpha=-rate)
-        return sent, None, None, None
+            bias.add_(_channel_sums(grad_output), alpha=-lr)
+        return grad_input, None, None, None
 
 
-def _sums(images: Tensor) -> Tensor:
-    """Of the channels of (N, C, H, W)."""
+def _channel_sums(images: Tensor) -> Tensor:
+    """Sums (N, C, H, W) to (C,)."""
     if not images.is_contiguous():  # channels last
         return images.sum((0, 2, 3))
     # As a product with ones: on CUDA the sum takes up to four times as long.
@@ -114,11 +108,11 @@ def _sums(images: Tensor) -> Tensor:
 
 
 class Tanh(nn.Tanh):
-    """An `nn.Tanh`, whose work a pooling may do.
+    """An `nn.Tanh` that can leave its work to the pooling behind it.
 
     Args:
-        pooled: whether a `MaxPool2d` with `tanh` set follows. In train mode, this layer then passes
-            on its input as it is.
+        pooled: whether a `MaxPool2d` with `tanh` set follows. In train mode, this layer then
+            returns its input.
 
     Shapes: any, unchanged.
     """
@@ -134,13 +128,13 @@ class Tanh(nn.Tanh):
 class MaxPool2d(nn.MaxPool2d):
     """An `nn.MaxPool2d` without padding, faster in train mode.
 
-    Where more than two windows overlap, CUDA adds up what they send back in no fixed order; if
+    Where more than two windows overlap, CUDA adds up their gradients in no fixed order; if
     PyTorch is asked for deterministic algorithms, the backward pass is that of `nn.MaxPool2d`.
 
     Args:
         kernel_size, stride: of the windows, in pixels.
-        tanh: whether a `Tanh` with `pooled` set is in front. In train mode, this layer then does
-            its work, of which less is left: the greatest tanh is that of the greatest input.
+        tanh: whether a `Tanh` with `pooled` set is in front. In train mode, this layer then
+            applies tanh to its output, which is smaller: max(tanh(x)) = tanh(max(x)).
 
     Shapes: (N, C, H, W) to (N, C, H', W').
     """
@@ -160,7 +154,7 @@ class MaxPool2d(nn.MaxPool2d):
 
 
 class _MaxPool2d(torch.autograd.Function):
-    """F.max_pool2d; backward: each window sends its gradient to where its maximum was."""
+    """F.max_pool2d; backward: the gradient of a window goes to the place of its maximum."""
 
     @staticmethod
     def forward(ctx, input: Tensor, kernel_size: int, stride: int):
@@ -170,30 +164,17 @@ class _MaxPool2d(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx, grad_output: Tensor):
         (index,) = ctx.saved_tensors
-        sent = gradient.new_zeros(ctx.shape).flatten(2)
-        sent.scatter_add_(2, index.flatten(2), gradient.flatten(2))
-        return sent.view(ctx.shape), None, None
+        grad_input = grad_output.new_zeros(ctx.shape).flatten(2)
+        grad_input.scatter_add_(2, index.flatten(2), grad_output.flatten(2))
+        return grad_input.view(ctx.shape), None, None
 
 
-class Dropout(nn.Module):
-    """`nn.Dropout`, drawing from a generator of its own.
-
-    Attributes:
-        generator: on the input's device; that device's default one if None.
-
-    Shapes: any, unchanged.
-    """
+class Dropout(nn.Dropout):
+    """An `nn.Dropout` that draws from `generator`; None is the default generator of the device."""
 
     generator: torch.Generator | None = None
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.p = p
-
-    def extra_repr(self) -> str:
-        return f"p={self.p}"
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
@@ -207,7 +188,7 @@ class Dropout(nn.Module):
 
 
 class ChannelDropout(Dropout):
-    """`nn.Dropout2d`, which drops whole channels of (N, C, H, W), from a generator of its own."""
+    """An `nn.Dropout2d`, which drops channels of (N, C, H, W), with a generator of its own."""
 
     def _mask(self, input: Tensor) -> Tensor:
         return input.new_empty(*input.shape[:2], 1, 1)

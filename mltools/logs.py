@@ -1,410 +1,310 @@
-"""Logs for people, and the way back from them to metrics.
+"""The lines of logs, and the way back from them to results.
 
-Our own `log.txt` says all that `metrics.jsonl` does, in the same precision: a line with the
-settings, then for each epoch the alignment of every layer and, to end it, a line with the losses
-and accuracies. Each line ends with its checksum: the CRC-32 of its text, without the time, XOR that
-of the run's settings. So it says that the line is whole, and whose it is: in a damaged line it is
-that of no run.
+A run's `log.txt` has the numbers of its `metrics.jsonl`. Each line names its run, so logs may be
+concatenated. The logs of the 2019 release, in another format, can be parsed as well.
 
-The logs of the 2019 release hold the same in another form, without checksums: there a damaged line
-is found by its form alone, and a digit that has become another one is not.
+    2026-11-23 16:56:17  fc-tanh seed 0: 9 epochs of Digits on cpu
+    2026-11-23 16:56:17  fc-tanh seed 0: settings {"experiment": {"name": "fc-tanh", ...}, ...}
+    2026-11-23 16:56:19  fc-tanh seed 0: alignment act1, epoch 1: mean 0.2670 std 0.1140
+    2026-11-23 16:56:19  fc-tanh seed 0: epoch 1/9: train loss 2.1000 accuracy 21.0000%, ...
 """
 
+import json
 import math
 import re
-import zlib
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
-from mltools.records import Metrics, checksum, from_json, metrics_problem, settings_problem
+from mltools import results
+from mltools.errors import UserError, one_line, reading, show
+from mltools.results import Metrics, RunFolder, RunResult
 
 
-def epoch_lines(metrics: Metrics, epochs: int) -> list[str]:
-    """One epoch of `epochs` as lines of our log; the last is the summary."""
+def heading(run: str, epochs: int, dataset: str, device: object) -> str:
+    """Returns the line that begins a run; `run` is its name, such as `fc-tanh seed 0`."""
+    return f"{run}: {epochs} epochs of {dataset} on {device}"
 
-    def text(value: float | None) -> str:
-        return "nan" if value is None else f"{value:.4f}"
 
+def settings_line(run: str, settings: dict) -> str:
+    """Returns the line that has all settings of a run."""
+    return f"{run}: settings {json.dumps(settings)}"
+
+
+def epoch_lines(run: str, metrics: Metrics, epochs: int) -> list[str]:
+    """Returns the lines of one epoch of `epochs`; the last one is the summary."""
+
+    def text(value: float | None, digits: int = 4) -> str:
+        return "nan" if value is None else f"{value:.{digits}f}"
+
+    epoch = metrics["epoch"]
     lines = [
-        f"alignment {layer}, epoch {metrics['epoch']}: "
-        f"mean {text(cosine['mean'])} std {text(cosine['std'])}"
-        for layer, cosine in metrics["alignment"].items()
+        f"{run}: alignment {layer}, epoch {epoch}: mean {text(c['mean'])} std {text(c['std'])}"
+        for layer, c in metrics["alignment"].items()
     ]
-    summary = (
-        f"epoch {metrics['epoch']}/{epochs}: train loss {text(metrics['train_loss'])} accuracy "
-        f"{text(metrics['train_accuracy'])}%, test loss {text(metrics['test_loss'])} accuracy "
-        f"{text(metrics['test_accuracy'])}%, {metrics['seconds']:.3f} s"
-    )
-    return [*lines, summary]
+    train = f"train loss {text(metrics['train_loss'])} accuracy {text(metrics['train_accuracy'])}%"
+    test = f"test loss {text(metrics['test_loss'])} accuracy {text(metrics['test_accuracy'])}%"
+    seconds = f"{text(metrics['seconds'], 3)} s"
+    return [*lines, f"{run}: epoch {epoch}/{epochs}: {train}, {test}, {seconds}"]
 
 
-def sealed(line: str, run: int) -> str:
-    """A line of our log with its checksum; `run` is that of the run's settings."""
-    return f"{line} #{zlib.crc32(line.encode()) ^ run:08x}"
-
-
-@dataclass
-class Run:
-    """A run as its log tells it."""
-
-    settings: dict
-    """As in `config.json`, as far as the log says."""
-    attempt: int = 0
-    """How many runs of this experiment and seed the log holds before this one."""
-    epochs: dict[int, Metrics] = field(default_factory=dict)
-    """By number."""
-
-    @property
-    def name(self) -> str:
-        """`<experiment>/seed-<n>`, the run's place among the results."""
-        again = f"-attempt-{self.attempt + 1}" if self.attempt else ""
-        seed = "unknown" if self.settings["seed"] is None else self.settings["seed"]
-        return f"{self.settings['experiment']['name']}/seed-{seed}{again}"
-
-    def add(self, metrics: Metrics) -> str | None:
-        """Takes an epoch, or says what is wrong with it."""
-        problem = metrics_problem(metrics)
-        if problem:
-            return f"damaged line ({problem})"
-        self.epochs[metrics["epoch"]] = metrics
-        return None
-
-
-@dataclass
-class Skipped:
-    """A line that seems to hold results, but is not intact."""
-
-    line: int
-    """Its number, from 1; 0 for what concerns no single line."""
-    reason: str
-
-
-def parse(data: bytes) -> tuple[list[Run], list[Skipped]]:
-    """All runs and all their intact epochs in a log, ours or the 2019 release's.
-
-    Anything else in it, such as progress output, is passed over; a line that is damaged costs the
-    epoch that it belongs to, and no more.
-
-    Args:
-        data: the file's bytes, with line ends of any kind.
-
-    Returns: the runs that have an epoch, in order, and what was skipped.
-    """
-    # Corrupt bytes become a character that no pattern below matches.
-    text = _ESCAPES.sub("", data.decode("utf-8", errors="replace"))
-    runs: list[Run] = []
-    skipped: list[Skipped] = []
-    readers = _OwnReader(runs), _ReleaseReader(runs)
-    for number, line in enumerate(text.split("\n"), 1):
-        for part in _PARTS.split(line):
-            part = _STAMP.sub("", part, count=1).strip()
-            for reader in readers:
-                problem = reader.read(part)
-                if problem:
-                    shown = "".join(c if c.isprintable() else "\ufffd" for c in part[:60])
-                    skipped.append(Skipped(number, f"{problem}: {shown}"))
-    runs = [run for run in runs if run.epochs]
-    _count_attempts(runs)
-    for reader in readers:
-        skipped += [Skipped(0, reason) for reason in reader.end()]
-    skipped += [Skipped(0, f"{run.name}: {gap}") for run in runs for gap in _gaps(run)]
-    return runs, skipped
-
-
-def _count_attempts(runs: list[Run]) -> None:
-    seen: Counter[str] = Counter()
-    for run in runs:
-        name = run.name
-        run.attempt = seen[name]
-        seen[name] += 1
-
-
-def _gaps(run: Run) -> Iterator[str]:
-    """What an intact log would have beside."""
-    for before, after in pairwise([0, *sorted(run.epochs)]):
-        if after > before + 2:
-            yield f"epochs {before + 1} to {after - 1} are missing"
-        elif after > before + 1:
-            yield f"epoch {before + 1} is missing"
-    layers = dict.fromkeys(x for metrics in run.epochs.values() for x in metrics["alignment"])
-    for epoch, metrics in run.epochs.items():
-        missing = [layer for layer in layers if layer not in metrics["alignment"]]
-        if missing:
-            yield f"epoch {epoch} lacks the alignment of {', '.join(missing)}"
-
-
-_ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _compile = partial(re.compile, flags=re.ASCII)  # no digits of other scripts
-_TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
-_STAMP = _compile(rf"\s*{_TIME} ?(?:-- +)?")
-# A progress bar returns to the start of its line, or stands in front of what is logged next; and
-# where a process was killed within a line, the next one goes on in it.
-_PARTS = _compile(rf"\r|(?={_TIME})")
-
 _COUNT = r"(\d{1,19})"
 _NUMBER = r"(-?\d+\.\d{4}|nan)"
-_SEALED = _compile(r"(.*) #([0-9a-f]{8})")
-_OWN = _compile(r"[\w.-]+ seed \d+: \d+ epochs of |settings \{|alignment |epoch \d")
-_HEADING = _compile(rf"([\w.-]+) seed {_COUNT}: {_COUNT} epochs of ([\w.-]+) on \S+")
-_SETTINGS = _compile(r"settings (\{[ -~]*\})")
-_ALIGNMENT = _compile(rf"alignment ([\w.-]+), epoch {_COUNT}: mean {_NUMBER} std {_NUMBER}")
-_EPOCH = _compile(
-    rf"epoch {_COUNT}/\d+: train loss {_NUMBER} accuracy {_NUMBER}%, "
-    rf"test loss {_NUMBER} accuracy {_NUMBER}%, (\d+\.\d{{3}}) s"
+_RUN = r"([\w.-]+ seed \d{1,19}): "
+_HEADING = _compile(rf"{_RUN}{_COUNT} epochs of ([\w.-]+) on \S+")
+_SETTINGS = _compile(rf"{_RUN}settings (\{{[ -~]*\}})")
+_ALIGNMENT = _compile(rf"{_RUN}alignment ([\w.-]+), epoch {_COUNT}: mean {_NUMBER} std {_NUMBER}")
+_SPLIT = rf"loss {_NUMBER} accuracy {_NUMBER}%"
+_SUMMARY = _compile(
+    rf"{_RUN}epoch {_COUNT}/{_COUNT}: train {_SPLIT}, test {_SPLIT}, (\d+\.\d{{3}}|nan) s"
 )
+_OURS = _compile(r"(?:^|: )(?:\d+ epochs of |settings \{|alignment |epoch \d)")  # or damaged
 
-# The 2019 release's.
-_LOSS = r"(\d+\.\d+(?:e-\d+)?|nan|inf)"
+# The 2019 release's lines, and our names of its modules, of which the others are activations.
 _SEEDING = _compile(rf"Seeding with {_COUNT}\.")
 _TRAINING = _compile(
     rf"Training ([ -~]+) for {_COUNT} epochs on dataset ([\w.-]+) with a batch size of {_COUNT}:"
 )
-_START = _compile(rf"EPOCH {_COUNT}/\d+(?:, last epoch processed in (\d{{1,9}}\.\d+)s)?:")
-_LAYER = _compile(rf"{_COUNT}_(\w+)\(.*\) -- mean:{_NUMBER}, std:{_NUMBER}")
-_LOSSES = _compile(
-    rf"Training loss: {_LOSS} \(top-1:(\d+\.\d)%\) -- "
-    rf"Validation loss: {_LOSS} \(top-1:(\d+\.\d)%\)\."
-)
+_EPOCH = _compile(rf"EPOCH {_COUNT}/\d+(?:, last epoch processed in (\d{{1,9}}\.\d+)s)?:")
+_LAYER = _compile(rf"(\d{{1,19}}_\w+)\(.*\) -- mean:{_NUMBER}, std:{_NUMBER}")
+_LOSS = r"loss: (\d+\.\d+(?:e-\d+)?|nan|inf) \(top-1:(\d+\.\d)%\)"
+_LOSSES = _compile(rf"Training {_LOSS} -- Validation {_LOSS}\.")
 _BOTTLENECK = _compile(r"with a bottlenecking rate ([01]\.\d+) initialized by (\w+)")
-LAYER_KINDS = {
-    "Linear": "lin",
-    "Bottleneck": "lin",
-    "Conv2d": "conv",
-    "MaxPool2d": "maxp",
-    "BatchNorm1d": "bn",
-    "BatchNorm2d": "bn",
-    "Dropout": "drop",
-    "Dropout2d": "drop",
-    "Flatten": "flat",
-}
-"""The release's module classes under our names; the others are activations."""
+_KINDS = {
+    "Linear": "lin", "Bottleneck": "lin", "Conv2d": "conv", "MaxPool2d": "maxp", "Flatten": "flat",
+    "BatchNorm1d": "bn", "BatchNorm2d": "bn", "Dropout": "drop", "Dropout2d": "drop",
+}  # fmt: skip
+
+# Where a line begins, though it may stand behind a progress bar, or a line that a kill has torn.
+_BEGINNING = _compile(r"\r|\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (?:-- +)?")
 
 
-class _OwnReader:
-    """Takes a log of ours line by line, and adds its runs to `runs`.
+@dataclass
+class Skipped:
+    """A damaged line, by its number from 1, or a gap in a run, whose number is 0."""
 
-    Runs are known by the checksum of their settings, which every line is checked against.
+    line: int
+    reason: str
+
+
+def parse_log(data: bytes) -> tuple[list[RunResult], list[Skipped]]:
+    """Parses a log of ours or of the 2019 release; a damaged line costs no more than its epoch.
+
+    Returns: the runs that have an epoch, and the skipped lines and gaps. The path of a run is
+    `<experiment>/seed-<n>`, with `-attempt-<k>` from the second run of that experiment and seed on.
     """
-
-    def __init__(self, runs: list[Run]) -> None:
-        self.runs = runs
-        self.known: dict[int, Run] = {}
-        self.announced: set[int] = set()  # by their heading, without their settings so far
-        self.alignment: dict[tuple[int, str], dict] = {}  # (run, epoch): layers
-
-    def read(self, line: str) -> str | None:
-        """Takes a line, or says what is wrong with it."""
-        intact = _SEALED.fullmatch(line)
-        if not intact:
-            return "damaged line" if _OWN.match(line) else None
-        text, seal = intact.groups()
-        run = int(seal, 16) ^ zlib.crc32(text.encode())
-        take: Callable[..., str | None]  # given the run and the groups of a pattern
-        for pattern, take in ((_HEADING, self._heading), (_SETTINGS, self._settings)):
-            if match := pattern.fullmatch(text):
-                return take(run, *match.groups())
-        if run not in self.known:
-            return "damaged line, or of an unknown run"
-        for pattern, take in ((_ALIGNMENT, self._alignment), (_EPOCH, self._epoch)):
-            if match := pattern.fullmatch(text):
-                return take(run, *match.groups())
-        return None
-
-    def _heading(
-        self, run: int, experiment: str, seed: str, epochs: str, dataset: str
-    ) -> str | None:
-        if run in self.known:
-            return None
-        settings = {
-            "experiment": {"name": experiment},
-            "seed": int(seed),
-            "dataset": dataset,
-            "epochs": int(epochs),
-            "batch_size": None,
-            "feedback_placement": None,
-        }
-        if settings_problem(settings):
-            return "damaged line"
-        # Were this line damaged, `run` would be that of no other line.
-        self.announced.add(run)
-        self._begin(run, settings)
-        return None
-
-    def _settings(self, run: int, text: str) -> str | None:
-        try:
-            settings = from_json(text)
-        except ValueError:
-            return "damaged settings"
-        if settings_problem(settings) or "experiment" not in settings or checksum(settings) != run:
-            return "damaged settings"
-        if run not in self.known:
-            self._begin(run, settings)
-        self.known[run].settings = settings
-        self.announced.discard(run)
-        return None
-
-    def _begin(self, run: int, settings: dict) -> None:
-        self.known[run] = Run(settings)
-        self.runs.append(self.known[run])
-
-    def _alignment(self, run: int, layer: str, epoch: str, mean: str, std: str) -> None:
-        layers = self.alignment.setdefault((run, epoch), {})
-        if layer in layers:  # the run was killed in this epoch, and has come to it again
-            layers.clear()
-        layers[layer] = {"mean": _value(mean), "std": _value(std)}
-
-    def _epoch(self, run: int, epoch: str, *numbers: str) -> str | None:
-        train_loss, train_accuracy, test_loss, test_accuracy, seconds = map(_value, numbers)
-        return self.known[run].add(
-            {
-                "epoch": int(epoch),
-                "train_loss": train_loss,
-                "train_accuracy": train_accuracy,
-                "test_loss": test_loss,
-                "test_accuracy": test_accuracy,
-                "alignment": self.alignment.pop((run, epoch), {}),
-                "seconds": seconds,
-            }
-        )
-
-    def end(self) -> list[str]:
-        """What is wrong with the log as a whole."""
-        lost = [self.known[run] for run in self.announced if self.known[run].epochs]
-        return [f"{run.name}: its settings are lost" for run in lost]
+    # Colours are removed; corrupt bytes become a character that no pattern matches.
+    text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", data.decode("utf-8", errors="replace"))
+    reader, skipped = _Reader(), []
+    for number, line in enumerate(text.split("\n"), 1):
+        for part in map(str.strip, _BEGINNING.split(line)):
+            try:
+                reader.read(part)
+                reader.read_release(part)
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                shown = "".join(c if c.isprintable() else "\ufffd" for c in part[:60])
+                skipped.append(Skipped(number, f"{one_line(error)}: {shown}"))
+    runs: list[RunResult] = []
+    for run in (run for run in reader.runs if run.epochs):
+        same = [known for known in runs if known.settings == run.settings]
+        if same and id(run) in reader.described:  # it began again, and has the same numbers
+            epochs = {metrics["epoch"]: metrics for metrics in same[0].epochs + run.epochs}
+            same[0].epochs = [epochs[number] for number in sorted(epochs)]
+        else:
+            runs.append(run)
+    attempts: Counter[Path] = Counter()
+    for run in runs:
+        attempts[run.path] += 1
+        if attempts[run.path] > 1:
+            run.path = run.path.with_name(f"{run.path.name}-attempt-{attempts[run.path]}")
+        _rename_layers(run.epochs)
+        skipped += [Skipped(0, f"{run.name}: {gap}") for gap in _gaps(run)]
+    return runs, skipped
 
 
-class _ReleaseReader:
-    """Takes a log of the 2019 release line by line, and adds its runs to `runs`."""
+def retrieve_log(path: Path) -> list[RunResult]:
+    """Loads the runs in a log, and reports skipped lines and gaps on stderr.
 
-    def __init__(self, runs: list[Run]) -> None:
-        self.runs = runs
-        self.run: Run | None = None  # whose lines these are
-        self.last = 0  # its last epoch so far
-        self.seed: int | None = 0  # None: not legible
-        self.epoch: int | None = None  # whose lines these are: it is said first
-        self.alignment: dict = {}
-        self.structure: list[tuple[Run, dict[int, str]]] = []  # position to module
+    Raises UserError if the file cannot be read.
+    """
+    with reading(path, "give the path of a log"):
+        data = path.read_bytes()
+    runs, skipped = parse_log(data)
+    for skip in skipped:
+        place = f"{path}:{skip.line}" if skip.line else path
+        show(f"{place}: skipped, {skip.reason}", error=True)
+    return runs
 
-    def read(self, line: str) -> str | None:
-        """Takes a line, or says what is wrong with it."""
-        for start, pattern, take in (
-            (r"Seeding ", _SEEDING, self._seed),
-            (r"Training .* epochs on ", _TRAINING, self._run),
-            (r"EPOCH ", _START, self._epoch),
-            (r"\d+_\w+\(", _LAYER, self._layer),
-            (r"Training loss", _LOSSES, self._losses),
-        ):
-            if re.match(start, line):
-                match = pattern.fullmatch(line)
-                if not match and pattern is _TRAINING:
-                    self.run = None  # another one begins here
-                if not match and pattern is _SEEDING:
-                    self.seed = None
-                return take(*match.groups()) if match else "damaged line"
-        return None
 
-    def _seed(self, seed: str) -> None:
-        self.seed = int(seed)
+def restore_run(run: RunResult, output: Path) -> bool:
+    """Writes the folder of a retrieved run below `output`; returns False if it has metrics already.
 
-    def _run(self, what: str, epochs: str, dataset: str, batch_size: str) -> str | None:
-        bottleneck = _BOTTLENECK.fullmatch(what)
-        if bottleneck:  # the rate is what is dropped, of 800
-            what = f"{bottleneck[2]}-{round(800 * (1 - float(bottleneck[1])))}"
-        settings = {
-            "experiment": {"name": re.sub(r"[^\w.]+", "-", what.lower()).strip("-.")},
-            "seed": self.seed,
-            "dataset": dataset,
-            "epochs": int(epochs),
-            "batch_size": int(batch_size),
-            "feedback_placement": "release",
-        }
-        self.run = self.epoch = None
-        problem = settings_problem(settings)
-        if problem:
-            return f"damaged line ({problem})"
-        self.run, self.last, self.alignment = Run(settings), 0, {}
-        self.runs.append(self.run)
-        self.structure.append((self.run, {}))
-        return None
+    Raises UserError if the folder holds a run with other settings, or cannot be read.
+    """
+    folder = RunFolder(output / run.path)
+    if (folder.path / "metrics.jsonl").exists():
+        return False
+    there = folder.load().settings or run.settings  # `check` refuses a run without its metrics
+    if differing := results.differences(there, run.settings):
+        raise UserError(f"{folder.path} holds another run ({differing}): choose another --output")
+    folder.start(run.settings, run.environment)
+    folder.write_metrics(run.epochs)
+    return True
 
-    def _epoch(self, epoch: str, seconds: str | None) -> str | None:
-        self.epoch = None
-        # Epochs ascend: otherwise the line that began this one's run is lost.
-        if self.run is None or int(epoch) < self.last:
+
+def _gaps(run: RunResult) -> Iterator[str]:
+    if run.settings["batch_size"] is None:
+        yield "its settings are lost"
+    for last, epoch in pairwise([0, *(metrics["epoch"] for metrics in run.epochs)]):
+        if epoch == last + 2:
+            yield f"epoch {last + 1} is missing"
+        elif epoch > last + 2:
+            yield f"epochs {last + 1} to {epoch - 1} are missing"
+    layers = dict.fromkeys(layer for metrics in run.epochs for layer in metrics["alignment"])
+    for metrics in run.epochs:
+        missing = [layer for layer in layers if layer not in metrics["alignment"]]
+        if missing:
+            yield f"epoch {metrics['epoch']} lacks the alignment of {', '.join(missing)}"
+
+
+class _Reader:
+    """Collects runs from lines."""
+
+    def __init__(self) -> None:
+        self.runs: list[RunResult] = []
+        self.described: set[int] = set()  # the id of each run whose line of settings was read
+        self.latest: dict[str, RunResult] = {}  # the last run that is called, say, "fc-tanh seed 0"
+        self.alignment: dict = defaultdict(lambda: defaultdict(dict))  # by that name and the epoch
+        # What the next lines of the 2019 release belong to; a run is None where it is unknown.
+        self.seed = "0"
+        self.run: RunResult | None = None
+        self.epoch = 0
+        self.layers: dict | None = None  # the alignment; None outside of an epoch
+
+    def read(self, line: str) -> None:
+        """Reads a line of our format. Raises ValueError if it is damaged."""
+        if match := _HEADING.fullmatch(line):
+            self._begin(_basic_settings(*match.groups()))
+            self.alignment.pop(match[1], None)  # of an epoch in which an earlier run was killed
+        elif match := _SETTINGS.fullmatch(line):  # the heading's run is dropped: it has no epochs
+            self.described.add(id(self._begin(json.loads(match[2]))))
+            self.alignment.pop(match[1], None)
+        elif match := _ALIGNMENT.fullmatch(line):
+            name, layer, epoch, mean, std = match.groups()
+            self.alignment[name][epoch][layer] = {"mean": _value(mean), "std": _value(std)}
+        elif match := _SUMMARY.fullmatch(line):
+            name, epoch, epochs, *texts = match.groups()
+            run = self.latest.get(name)
+            if not run or (run.epochs and int(epoch) < run.epochs[-1]["epoch"]):
+                run = self._begin(_basic_settings(name, epochs, "unknown"))
+            _add_epoch(run, int(epoch), map(_value, texts), self.alignment[name].pop(epoch, {}))
+        elif _OURS.search(line):
+            raise ValueError("damaged line")
+
+    def read_release(self, line: str) -> None:
+        """Reads a line of the release's format. Raises ValueError if it is damaged."""
+        if line.startswith("Seeding "):
+            self.seed = "None"
+            (self.seed,) = _groups(_SEEDING, line)
+        elif re.match("Training .* epochs on ", line):
             self.run = None
-            return "epoch of an unknown run"
-        self.last = self.epoch = int(epoch)
-        self.alignment = {}
-        if seconds and self.epoch - 1 in self.run.epochs:
-            self.run.epochs[self.epoch - 1]["seconds"] = round(float(seconds), 3)
-        return None
+            title, epochs, dataset, batch_size = _groups(_TRAINING, line)
+            if match := _BOTTLENECK.fullmatch(title):  # with the share of 800 that is dropped
+                title = f"{match[2]}-{round(800 * (1 - float(match[1])))}"
+            name = re.sub(r"[^\w.]+", "-", title.lower()).strip("-.")
+            settings = _basic_settings(f"{name} seed {self.seed}", epochs, dataset)
+            settings |= {"batch_size": int(batch_size), "feedback_placement": "release"}
+            self.run, self.epoch, self.layers = self._begin(settings), 0, None
+        elif line.startswith("EPOCH "):
+            self.layers = None
+            epoch, seconds = _groups(_EPOCH, line)
+            if self.run is None or int(epoch) < self.epoch:
+                self.run = None  # the line that begins it is lost
+                raise ValueError("epoch of an unknown run")
+            self.epoch, self.layers = int(epoch), {}
+            if seconds and self.run.epochs and self.run.epochs[-1]["epoch"] == self.epoch - 1:
+                self.run.epochs[-1]["seconds"] = round(float(seconds), 3)
+        elif re.match(r"[0-9]+_\w+\(", line):
+            layer, mean, std = _groups(_LAYER, line)
+            if self.layers is not None:
+                self.layers[layer] = {"mean": _value(mean), "std": _value(std)}
+        elif line.startswith("Training loss"):
+            texts = _groups(_LOSSES, line)
+            if self.run is None or self.layers is None:
+                raise ValueError("losses of an unknown epoch")
+            layers, self.layers = self.layers, None
+            scale = self.run.settings["batch_size"]  # the release divides a mean loss by it
+            texts, scales = (*texts, "nan"), (scale, 1, scale, 1, 1)
+            _add_epoch(self.run, self.epoch, map(_value, texts, scales), layers)
 
-    def _layer(self, position: str, module: str, mean: str, std: str) -> str | None:
-        if self.run is None:
-            return "layer of an unknown run"
-        self.structure[-1][1][int(position)] = module
-        self.alignment[int(position)] = {"mean": _value(mean), "std": _value(std)}
-        return None
-
-    def _losses(
-        self, train_loss: str, train_accuracy: str, test_loss: str, test_accuracy: str
-    ) -> str | None:
-        if self.run is None or self.epoch is None:
-            return "losses of an unknown epoch"
-        # The release divides a mean loss by the batch size.
-        losses = [_value(loss) for loss in (train_loss, test_loss)]
-        scale = self.run.settings["batch_size"]
-        losses = [None if loss is None else round(loss * scale, 4) for loss in losses]
-        metrics = {
-            "epoch": self.epoch,
-            "train_loss": losses[0],
-            "train_accuracy": float(train_accuracy),
-            "test_loss": losses[1],
-            "test_accuracy": float(test_accuracy),
-            "alignment": {str(position): cosine for position, cosine in self.alignment.items()},
-            "seconds": None,
-        }
-        self.epoch, self.alignment = None, {}
-        return self.run.add(metrics)
-
-    def end(self) -> list[str]:
-        """Names the layers, once all are known; nothing is wrong with the log as a whole."""
-        for run, structure in self.structure:
-            names = _layer_names(structure)
-            for metrics in run.epochs.values():
-                alignment = metrics["alignment"].items()
-                metrics["alignment"] = {names.get(int(at), at): c for at, c in alignment}
-        return []
+    def _begin(self, settings: dict) -> RunResult:
+        results.check_settings(settings)
+        name, seed = settings["experiment"]["name"], settings["seed"]
+        path = Path(name, "seed-unknown" if seed is None else f"seed-{seed}")
+        run = RunResult(path, settings, {"retrieved": True})
+        self.runs.append(run)
+        self.latest[f"{name} seed {seed}"] = run
+        return run
 
 
-def _layer_names(structure: dict[int, str]) -> dict[int, str]:
-    """The release's modules, position to class, under our names.
+def _groups(pattern: re.Pattern, line: str) -> tuple[str, ...]:
+    match = pattern.fullmatch(line)
+    if match is None:
+        raise ValueError("damaged line")
+    return match.groups()
 
-    In its CNN logs without dropout, each line carries the name of the next layer, and no line the
-    name of the first layer, a convolution. The names in its FC logs are right as they stand, and so
-    are those in its logs of a CNN with dropout.
 
-    Returns no names where a line before the last is lost: the others' numbers are not known then.
+def _basic_settings(run: str, epochs: str, dataset: str) -> dict:
+    name, _, seed = run.partition(" seed ")
+    return {
+        "experiment": {"name": name}, "seed": None if seed == "None" else int(seed),
+        "dataset": dataset, "epochs": int(epochs), "batch_size": None, "feedback_placement": None,
+    }  # fmt: skip
+
+
+def _add_epoch(run: RunResult, epoch: int, numbers: Iterable, alignment: dict) -> None:
+    train_loss, train_accuracy, test_loss, test_accuracy, seconds = numbers
+    metrics = {
+        "epoch": epoch, "train_loss": train_loss, "train_accuracy": train_accuracy,
+        "test_loss": test_loss, "test_accuracy": test_accuracy,
+        "alignment": alignment, "seconds": seconds,
+    }  # fmt: skip
+    results.check_metrics(metrics)
+    if run.epochs and run.epochs[-1]["epoch"] == epoch:
+        run.epochs.pop()  # a killed run repeats an epoch
+    run.epochs.append(metrics)
+
+
+def _value(text: str, scale: int = 1) -> float | None:
+    value = float(text) * scale
+    return round(value, 4) if math.isfinite(value) else None
+
+
+def _rename_layers(epochs: list[Metrics]) -> None:
+    """Replaces the release's names of layers, such as `0_Linear`, by ours.
+
+    In its CNN logs without dropout, each line has the name of the next layer, and no line that of
+    the first, a convolution. Where a line before the last is lost in all epochs, the numbers in our
+    names cannot be known, so layers are named by position.
     """
-    if sorted(structure) != list(range(len(structure))):
-        return {}
-    modules = [module for _, module in sorted(structure.items())]
-    if "MaxPool2d" in modules and not any(module.startswith("Dropout") for module in modules):
-        modules = ["Conv2d", *modules[:-1]]
-    names: dict[int, str] = {}
-    blocks = linears = 0
-    for position, module in zip(sorted(structure), modules):
-        kind = LAYER_KINDS.get(module, "act")
-        blocks += kind in ("conv", "lin")
-        linears += kind == "lin"
-        number = {"lin": linears, "flat": ""}.get(kind, blocks)
-        names[position] = f"{kind}{number}"
-    return names
-
-
-def _value(text: str) -> float | None:
-    value = float(text)
-    return value if math.isfinite(value) else None
+    layers = [layer.split("_", 1) for metrics in epochs for layer in metrics["alignment"]]
+    if not all(len(parts) == 2 and parts[0].isdigit() for parts in layers):
+        return  # our names
+    modules = dict(sorted((int(position), module) for position, module in layers))
+    kinds = [_KINDS.get(module, "act") for module in modules.values()]
+    if "maxp" in kinds and "drop" not in kinds:
+        kinds = ["conv", *kinds[:-1]]
+    names = {}
+    for position, kind in enumerate(kinds):
+        linears, convolutions = (kinds[: position + 1].count(x) for x in ("lin", "conv"))
+        number = linears if kind == "lin" else linears + convolutions
+        names[position] = "flat" if kind == "flat" else f"{kind}{number}"
+    if list(modules) != list(names):
+        names = {position: str(position) for position in modules}
+    for metrics in epochs:
+        cosines = metrics["alignment"].items()
+        metrics["alignment"] = {names[int(layer.split("_")[0])]: c for layer, c in cosines}

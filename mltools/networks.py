@@ -15,15 +15,14 @@ PLACEMENTS = ("release", "every-layer")
 
 @dataclass(frozen=True)
 class Network:
-    """What a network is made of, its input and output sizes aside."""
+    """Describes a network, without the sizes of its input and output."""
 
     architecture: str = "fc"
     """`"fc"`: hidden Linear layers; `"cnn"`: three convolutions and one hidden Linear of 128."""
     hidden: tuple[int, ...] = (800, 800, 800)
     """Sizes of the hidden layers of `"fc"`."""
     bottleneck: float | None = None
-    """Makes the second Linear of `"fc"` a `BottleneckLinear` that keeps gradient entries with this
-    probability."""
+    """Makes the second Linear of `"fc"` a `BottleneckLinear` with this `keep`."""
     activation: str = "tanh"
     """A key of ACTIVATIONS."""
     negative_slope: float | None = None
@@ -34,8 +33,6 @@ class Network:
     """Dropout probability of input features (FC) or channels (CNN)."""
     dropout_fc: float = 0.0
     """Dropout probability after the hidden Linear layers."""
-    dropout_conv: float = 0.0
-    """Dropout probability of channels after the convolutions."""
 
     def build(
         self,
@@ -44,7 +41,7 @@ class Network:
         placement: str = "release",
         **dfa_options,
     ) -> nn.Sequential:
-        """Makes the network on the CPU, its feedback matrix drawn, from the default generator.
+        """Makes the network on the CPU; weights and feedback matrix are from the default generator.
 
         Its modules are called `lin1`, `conv1`, `act1`, `bn1`, `drop1`, `maxp1`, `flat`, `point1`
         (the feedback point behind block 1), ..., and `dfa`.
@@ -53,8 +50,7 @@ class Network:
             input_shape: (channels, height, width) of an image.
             classes: size of the output.
             placement: `"every-layer"` puts a feedback point after each hidden block; `"release"`
-                leaves out those that the 2019 release missed: in front of the CNN's last Linear,
-                and of a `BottleneckLinear`.
+                omits, as in 2019, the one before the CNN's last Linear or a `BottleneckLinear`.
             dfa_options: the keyword arguments of `dfatools.DFA`.
 
         Raises UserError for images too small for the CNN's three poolings.
@@ -62,9 +58,12 @@ class Network:
         blocks = {"fc": self._fc, "cnn": self._cnn}[self.architecture](input_shape, classes)
         if placement not in PLACEMENTS:
             raise ValueError(f"placement must be one of {PLACEMENTS}, not {placement!r}")
+        missed = None if self.bottleneck is None else 1  # the block without a point in the release
+        if self.architecture == "cnn":
+            missed = len(blocks) - 1
         model = nn.Sequential()
         for i, block in enumerate(blocks):
-            if i > 0 and not (placement == "release" and i == self._missed(blocks)):
+            if i > 0 and (placement == "every-layer" or i != missed):
                 model.add_module(f"point{i}", DFALayer())
             for name, module in block.items():
                 if module is not None:
@@ -74,10 +73,7 @@ class Network:
         return model.train()
 
     def multiply_adds(self, input_shape: tuple[int, int, int], classes: int) -> int:
-        """Of a forward pass on one image; how long training takes goes by this.
-
-        Args, and what it raises: as of `build`.
-        """
+        """Counts the multiply-adds of a forward pass on one image. Raises as `build` does."""
         x, count = torch.zeros(1, *input_shape), 0
         with torch.no_grad():
             for layer in self.build(input_shape, classes).eval():
@@ -85,12 +81,6 @@ class Network:
                 if isinstance(layer, (nn.Linear, nn.Conv2d)):
                     count += layer.weight.numel() * x[0, 0].numel()
         return count
-
-    def _missed(self, blocks: list[dict]) -> int | None:
-        """The block in front of which the release had no feedback point."""
-        if self.architecture == "cnn":
-            return len(blocks) - 1
-        return None if self.bottleneck is None else 1
 
     def _fc(self, input_shape: tuple[int, int, int], classes: int) -> list[dict]:
         sizes = [torch.Size(input_shape).numel(), *self.hidden]
@@ -113,11 +103,10 @@ class Network:
                 "poolings: at least 15x15 is needed; use the fc experiments, or upsample"
             )
         sizes = [channels, 32, 64, 64]
-        pooled = self.activation == "tanh" and not self.batchnorm  # nothing stands in between
+        pooled = self.activation == "tanh" and not self.batchnorm  # Tanh is next to the pooling
         blocks = [
             {
                 f"conv{i}": Conv2d(sizes[i - 1], sizes[i], kernel_size=5, padding=2),
-                f"drop{i}": _dropout(self.dropout_conv, ChannelDropout),
                 f"act{i}": Tanh(pooled=True) if pooled else self._activation(),
                 f"bn{i}": nn.BatchNorm2d(sizes[i]) if self.batchnorm else None,
                 f"maxp{i}": MaxPool2d(kernel_size=3, stride=2, tanh=pooled),
@@ -130,7 +119,7 @@ class Network:
         return [*blocks, hidden, {"lin2": Linear(128, classes)}]
 
     def _hidden(self, i: int, size: int) -> dict:
-        """What follows the i-th hidden Linear."""
+        """Returns the modules that follow the i-th hidden Linear."""
         return {
             f"drop{i}": _dropout(self.dropout_fc),
             f"act{i}": self._activation(),

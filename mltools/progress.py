@@ -1,53 +1,101 @@
-"""What a sweep shows while it runs: two bars on a terminal, plain lines elsewhere."""
+"""Progress of a sweep: two bars on a terminal, plain lines elsewhere, and TensorBoard."""
 
-import json
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
-from mltools import processes
-from mltools.errors import show
+from mltools.errors import UserError, show
 from mltools.logs import epoch_lines
+from mltools.results import Metrics, RunFolder, diverged
+from mltools.training import Run
+
+SECONDS_BETWEEN_UPDATES = 1.0
 
 
 class Progress:
-    """Shows how runs go on; to be used in a `with` statement. Threads may share it.
+    """Shows a whole sweep, whichever process trains its runs: epochs are read from their folders.
 
-    On a terminal a bar counts runs and another epochs, with the latest epoch's numbers and the time
-    that is left. Elsewhere every epoch is a line.
+    To be used in a `with` statement; threads may share it. On a terminal one bar counts runs and
+    another one epochs, with the latest epoch's numbers and the time that is left. Elsewhere every
+    epoch is a line.
 
     Args:
-        runs, epochs: how many there are to come, in all.
+        runs: the unfinished runs, and their folders.
         quiet: shows nothing.
     """
 
-    def __init__(self, runs: int, epochs: int, quiet: bool) -> None:
-        self.quiet = quiet
-        self.bars = not quiet and sys.stderr is not None and sys.stderr.isatty()
-        common = {"disable": not self.bars, "dynamic_ncols": True, "leave": False}
-        self._runs = tqdm(total=runs, unit="run", desc="runs", position=0, **common)
-        self._epochs = tqdm(total=epochs, unit="epoch", desc="epochs", position=1, **common)
+    def __init__(self, runs: Mapping[Run, RunFolder], quiet: bool) -> None:
+        self._quiet = quiet
+        self._lock = threading.Lock()
+        self._next_update = 0.0
+        self._left = {} if quiet else dict(runs)
+        self._seen = {run: len(self._epochs(run) or ()) for run in self._left}
+        epochs = sum(run.epochs - seen for run, seen in self._seen.items())
+        self._bars = not quiet and sys.stderr is not None and sys.stderr.isatty()
+        common = {"disable": not self._bars, "dynamic_ncols": True, "leave": False}
+        self._run_bar = tqdm(total=len(runs), unit="run", desc="runs", position=0, **common)
+        self._epoch_bar = tqdm(total=epochs, unit="epoch", desc="epochs", position=1, **common)
 
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(self, *exception) -> None:
-        self._epochs.close()
-        self._runs.close()
+    def __exit__(self, *exception: object) -> None:
+        self._next_update = 0.0
+        self.update()
+        self._epoch_bar.close()
+        self._run_bar.close()
 
     def line(self, text: str) -> None:
-        """Something worth a line of its own."""
-        if not self.quiet:
+        """Shows a line of its own."""
+        if not self._quiet:
             with tqdm.external_write_mode():  # the bars make room
                 show(text)
 
-    def epoch_ended(self, run: str, epochs: int, metrics: dict) -> None:
-        """An epoch of a run of so many, as in `metrics.jsonl`."""
-        if not self.bars:
-            self.line(f"{run}: {epoch_lines(metrics, epochs)[-1]}")
+    def update(self) -> None:
+        """Shows the new epochs in the folders of all runs, if the last update was a while ago."""
+        with self._lock:
+            start = time.monotonic()
+            if start < self._next_update:
+                return
+            for run in list(self._left):
+                self._update(run)
+            end = time.monotonic()
+            # Folders of a large sweep on a slow disk take time that the runs would have.
+            self._next_update = end + max(SECONDS_BETWEEN_UPDATES, 20 * (end - start))
+
+    def run_ended(self, run: Run) -> None:
+        """Shows the new epochs of a run."""
+        with self._lock:
+            if run in self._left:
+                self._update(run)
+
+    def _update(self, run: Run) -> None:
+        epochs = self._epochs(run)
+        if epochs is None:
+            return
+        for metrics in epochs[self._seen[run] :]:
+            self._show_epoch(run, metrics)
+        self._seen[run] = len(epochs)
+        if epochs and (len(epochs) >= run.epochs or diverged(epochs[-1])):
+            del self._left[run]
+            self._run_bar.update()
+
+    def _epochs(self, run: Run) -> list[Metrics] | None:
+        """Loads the epochs of a run; None if they cannot be read, which its own process reports."""
+        try:
+            result = self._left[run].load()
+        except UserError:
+            return None
+        return result.epochs if result.settings == run.settings else []  # to be set aside
+
+    def _show_epoch(self, run: Run, metrics: Metrics) -> None:
+        if not self._bars:
+            self.line(epoch_lines(run.name, metrics, run.epochs)[-1])
             return
         losses = _number(metrics["train_loss"], 3), _number(metrics["test_loss"], 3)
         accuracies = _number(metrics["train_accuracy"], 1), _number(metrics["test_accuracy"], 1)
@@ -55,61 +103,54 @@ class Progress:
         cosines = [c["mean"] for name, c in metrics["alignment"].items() if name.startswith("act")]
         if cosines:
             shown["cos"] = " ".join(_number(cosine, 2) for cosine in cosines)
-        self._runs.set_postfix_str(run, refresh=False)
-        self._epochs.set_postfix(shown, refresh=False)
-        self._epochs.update()
-
-    def run_ended(self) -> None:
-        self._runs.update()
+        self._run_bar.set_postfix_str(run.name, refresh=False)
+        self._epoch_bar.set_postfix(shown, refresh=False)
+        self._epoch_bar.update()
 
 
-class Relayed(Progress):
-    """Has rank 0 show how the runs of this process go on."""
+class Board:
+    """Writes the epochs of a run for TensorBoard; to be used in a `with` statement.
 
-    def __init__(self) -> None:
-        pass
-
-    def line(self, text: str) -> None:
-        processes.send(json.dumps(["line", text]))
-
-    def epoch_ended(self, run: str, epochs: int, metrics: dict) -> None:
-        processes.send(json.dumps(["epoch_ended", run, epochs, metrics]))
-
-    def run_ended(self) -> None:
-        processes.send(json.dumps(["run_ended"]))
-
-
-@contextmanager
-def progress_of_all(runs: int, epochs: int, quiet: bool) -> Iterator[Progress]:
-    """What the runs of this process report to: rank 0 shows the progress of all processes.
-
-    Args: as of `Progress`.
+    Args:
+        folder: the run's; files go to `tensorboard` in it.
     """
-    if processes.rank() > 0:
-        yield Relayed()
-        return
-    with Progress(runs, epochs, quiet) as progress:
-        if not processes.launched():
-            yield progress
-            return
-        ended = threading.Event()
 
-        def show() -> None:
-            last = False
-            with suppress(ConnectionError):  # torchrun is gone, which ends the runs too
-                while not last:
-                    last = ended.wait(0.2)
-                    for message in processes.receive():
-                        method, *arguments = json.loads(message)
-                        getattr(progress, method)(*arguments)
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._writer: Any = None
 
-        thread = threading.Thread(target=show)
-        thread.start()
-        try:
-            yield Relayed()
-        finally:
-            ended.set()
-            thread.join()
+    def __enter__(self) -> "Board":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._writer:
+            self._writer.close()
+
+    def add(self, metrics: Metrics) -> None:
+        """Writes the scalars of an epoch; the first call discards this epoch and later ones."""
+        if not self._writer:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(self._folder / "tensorboard", purge_step=metrics["epoch"])
+        values = {
+            "loss/train": metrics["train_loss"],
+            "loss/test": metrics["test_loss"],
+            "accuracy/train": metrics["train_accuracy"],
+            "accuracy/test": metrics["test_accuracy"],
+            **{f"alignment/{layer}": c["mean"] for layer, c in metrics["alignment"].items()},
+        }
+        for name, value in values.items():
+            if value is not None:
+                self._writer.add_scalar(name, value, metrics["epoch"])
+        self._writer.flush()
+
+
+def check_tensorboard() -> None:
+    """Raises UserError if TensorBoard's package is missing."""
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError:
+        raise UserError("--tensorboard needs a package: pip install tensorboard") from None
 
 
 def _number(value: float | None, digits: int) -> str:

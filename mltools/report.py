@@ -1,21 +1,19 @@
-"""One page of a script's results, for a browser: tables, figures, settings, versions, every run.
+"""A script's results as one page for a browser: tables, figures, settings, versions, every run.
 
-The page is a single file that needs nothing else: figures are in it, and all it refers to are the
-runs' folders below its own. It is made from what is on disk alone.
+The page is a single file with the figures in it. Its only links lead to the folders of runs below
+its own folder.
 """
 
 import base64
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
 from mltools.figures import Figure
-from mltools.files import write_text
-from mltools.records import diverged
-from mltools.results import RunFolder
-from mltools.tables import Table, html_table
+from mltools.results import RunResult, flattened, write_text
+from mltools.tables import Table
 
 # The browser's own colours, so that a dark theme is followed; the figures stay on white paper.
 STYLE = """
@@ -34,6 +32,21 @@ img { display: block; background: #fff;
   width: clamp(calc(6rem * var(--inches)), 100%, calc(9rem * var(--inches))); }
 figcaption { font-size: 0.875rem; margin-top: 0.4rem; }
 """
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8"/>
+<meta name="viewport" content="width=device-width, initial-scale=1"/>
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<h1>{title}</h1>
+{body}
+</body>
+</html>
+"""
+DIGITS = {"test_accuracy": 2, "train_accuracy": 2, "test_loss": 4, "train_loss": 4, "seconds": 1}
 HOW_TO_READ = (
     "Accuracies are in percent, after the last epoch: mean ± standard deviation (n - 1) over as "
     "many runs as the column seeds counts; the train accuracy is the running one of the last "
@@ -44,124 +57,86 @@ HOW_TO_READ = (
 )
 
 
-def write_html(
+def write_report(
     folder: Path,
     title: str,
     tables: Sequence[Table],
     figures: Sequence[Figure],
-    runs: Mapping[str, Sequence[RunFolder]],
+    runs: Mapping[str, Sequence[RunResult]],
 ) -> None:
     """Writes `report.html` into `folder`.
 
     Args:
-        folder: where to; runs that lie below it are linked.
-        title: what the page is about.
-        tables, figures: what it shows; the figures are read from their PNG files.
-        runs: for each row its runs, one per seed.
-
-    Raises UserError if a run's files are damaged.
+        folder: where to write; folders of runs that lie below it are linked.
+        title: the heading.
+        tables, figures: shown in this order; the figures' PNG files are read.
+        runs: for each experiment its runs, one per seed.
     """
-    configs = {
-        name: [config for run in row if (config := run.config())] for name, row in runs.items()
-    }
+    experiments = {name: [run for run in found if run.settings] for name, found in runs.items()}
     sections = {
-        "Tables": [f"<p>{escape(HOW_TO_READ)}</p>", *(_wide(table.html()) for table in tables)],
+        "Tables": [f"<p>{HOW_TO_READ}</p>", *(_text_table(t.cells(), t.title) for t in tables)],
         "Figures": [_figure(figure) for figure in figures],
-        "Settings and versions": [*_settings(configs), *_versions(configs)],
-        "Runs": [_runs(folder, runs)],
+        "Settings and versions": [*_settings_tables(experiments), *_versions_table(experiments)],
+        "Runs": [_runs_table(folder, runs)],
     }
-    parts = [
-        "<!DOCTYPE html>",
-        '<html lang="en">',
-        "<head>",
-        '<meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{escape(title)}</title>",
-        f"<style>{STYLE}</style>",
-        "</head>",
-        "<body>",
-        f"<h1>{escape(title)}</h1>",
-    ]
-    for heading, section in sections.items():
-        if section:
-            parts += [f"<h2>{heading}</h2>", *section]
-    parts += ["</body>", "</html>", ""]
+    body = "\n".join(
+        f"<h2>{heading}</h2>\n" + "\n".join(parts) for heading, parts in sections.items() if parts
+    )
+    page = PAGE.format(title=escape(title), style=STYLE, body=body)
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "report.html", "\n".join(parts))
-
-
-def _wide(table: str) -> str:
-    """Scrolls by itself where the window is too narrow for it."""
-    return f'<div class="wide">\n{table}\n</div>'
+    write_text(folder / "report.html", page)
 
 
 def _figure(figure: Figure) -> str:
     data = base64.b64encode(figure.png.read_bytes()).decode()
-    return "\n".join(
-        [
-            f'<figure style="--inches: {figure.width}">',
-            f'<img alt="{escape(figure.alt)}" src="data:image/png;base64,{data}">',
-            f"<figcaption>{escape(figure.caption)}</figcaption>",
-            "</figure>",
-        ]
+    return (
+        f'<figure style="--inches: {figure.width}">\n'
+        f'<img alt="{escape(figure.alt)}" src="data:image/png;base64,{data}"/>\n'
+        f"<figcaption>{escape(figure.caption)}</figcaption>\n</figure>"
     )
 
 
-def _settings(configs: Mapping[str, Sequence[dict]]) -> list[str]:
-    """What all rows have in common, and what differs between them."""
-    rows = {
-        name: _values(config["settings"] for config in row) for name, row in configs.items() if row
+def _settings_tables(experiments: Mapping[str, Sequence[RunResult]]) -> list[str]:
+    """Returns a table of the settings that all experiments share, and one of the others."""
+    values = {
+        name: _values(run.settings for run in runs) for name, runs in experiments.items() if runs
     }
-    cells = {
-        key: [" / ".join(row.get(key, ())) for row in rows.values()]
-        for key in dict.fromkeys(key for row in rows.values() for key in row)
-        if key not in ("experiment.name", "seed")  # they name the run
-    }
-    common, differing = [["setting", "value"]], [["experiment", *map(escape, rows)]]
-    for key, column in cells.items():
+    common, differing = [], [["experiment", *values]]
+    for key in dict.fromkeys(key for found in values.values() for key in found):
+        column = [" / ".join(found.get(key, ())) for found in values.values()]
         words = key.rpartition(".")[2].replace("_", " ")
+        if key in ("experiment.name", "seed"):
+            continue  # they are the run's name
         if len(set(column)) == 1:
             common.append([words, column[0]])
         else:
             differing.append([words, *column])
     tables = []
-    if len(common) > 1:
-        tables.append(_wide(html_table(common, "Common to all rows")))
+    if common:
+        tables.append(_text_table([["setting", "value"], *common], "Common to all experiments"))
     if len(differing) > 1:
-        tables.append(_wide(html_table([*zip(*differing)], "Different between rows")))
+        tables.append(_text_table(zip(*differing), "Different between experiments"))
     return tables
 
 
-def _versions(configs: Mapping[str, Sequence[dict]]) -> list[str]:
-    """What the runs were made with; where it is not the same for all, by how many."""
-    environments = [config.get("environment", {}) for row in configs.values() for config in row]
-    lines = []
+def _versions_table(experiments: Mapping[str, Sequence[RunResult]]) -> list[str]:
+    """Returns a table of the environments, with the number of runs where they differ."""
+    environments = [run.environment for runs in experiments.values() for run in runs]
+    lines, total = [["of the runs", "value"]], len(environments)
     for key, counts in _values(environments).items():
-        everywhere = list(counts.values()) == [len(environments)]
-        texts = [
-            text if everywhere else f"{text} ({n} run{'s' * (n > 1)})" for text, n in counts.items()
-        ]
+        texts = [x if n == total else f"{x} ({n} of {total} runs)" for x, n in counts.items()]
         lines.append([key, ", ".join(texts)])
-    table = html_table([["of the runs", "value"], *lines], "Versions and devices")
-    return [_wide(table)] if lines else []
+    return [_text_table(lines, "Versions and devices")] if len(lines) > 1 else []
 
 
 def _values(nested: Iterable[dict]) -> dict[str, Counter[str]]:
-    """For each key of some settings its values, escaped, and how often each is there."""
+    """Counts, for each key of some settings, its values as text."""
     found: dict[str, Counter[str]] = {}
     for settings in nested:
-        for key, text in _flat(settings):
-            found.setdefault(escape(key), Counter())[escape(text)] += 1
+        for key, value in flattened(settings).items():
+            words = map(_word, value if isinstance(value, list) else [value])
+            found.setdefault(key, Counter())[", ".join(words)] += 1
     return found
-
-
-def _flat(settings: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            values = value if isinstance(value, list) else [value]
-            yield prefix + key, ", ".join(map(_word, values))
 
 
 def _word(value: object) -> str:
@@ -170,50 +145,54 @@ def _word(value: object) -> str:
     return "none" if value is None else str(value)
 
 
-def _runs(folder: Path, runs: Mapping[str, Sequence[RunFolder]]) -> str:
-    header = ["run", "state", "test accuracy (%)", "train accuracy (%)", "test loss", "train loss"]
-    lines = [[*header, "seconds", "log"]]
-    for name, row in runs.items():
-        for run in row:
-            text = f"{name}/{run.path.name}"
-            epochs = run.metrics()
-            last = epochs[-1] if epochs else {}
-            numbers = ["test_accuracy", "train_accuracy", "test_loss", "train_loss"]
-            seconds = [metrics["seconds"] for metrics in epochs if metrics.get("seconds")]
-            lines.append(
-                [
-                    _link(folder, run.path, text) or escape(text),
-                    escape(_state(run, last)),
-                    *(_number(last.get(key), 2) for key in numbers[:2]),
-                    *(_number(last.get(key), 4) for key in numbers[2:]),
-                    _number(sum(seconds) if seconds else None, 1),
-                    _link(folder, run.path / "log.txt", "log"),
-                ]
-            )
-    return _wide(html_table(lines, "Every run, after its last epoch so far"))
+def _runs_table(folder: Path, runs: Mapping[str, Sequence[RunResult]]) -> str:
+    header = ["test accuracy (%)", "train accuracy (%)", "test loss", "train loss", "seconds"]
+    lines = [["run", "state", *header, "log"]]
+    for name, run in ((name, run) for name, found in runs.items() for run in found):
+        last = dict(run.epochs[-1]) if run.epochs else {}
+        last["seconds"] = sum(metrics["seconds"] or 0 for metrics in run.epochs) or None
+        numbers = [
+            "" if last.get(key) is None else f"{last[key]:.{digits}f}"
+            for key, digits in DIGITS.items()
+        ]
+        text = f"{name}/{run.path.name}"
+        link = _link(folder, run.path, text) or escape(text)
+        lines.append([link, _state(run), *numbers, _link(folder, run.path / "log.txt", "log")])
+    return _table(lines, "Every run, after its last epoch so far")
 
 
-def _state(run: RunFolder, last: dict) -> str:
-    config = run.config()
-    if config is None:
+def _state(run: RunResult) -> str:
+    if not run.settings:
         return "not run"
-    if last and diverged(last):
-        state = f"diverged in epoch {last['epoch']}"
-    elif run.finished():
-        state = "finished"
-    else:
-        state = f"epoch {last.get('epoch', 0)} of {config['settings']['epochs']}"
-    return state + (", out of a log" if config.get("environment", {}).get("retrieved") else "")
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
+    epoch = run.epochs[-1]["epoch"] if run.epochs else 0
+    state = "finished" if run.finished else f"epoch {epoch} of {run.settings['epochs']}"
+    if run.diverged:
+        state = f"diverged in epoch {epoch}"
+    return state + (", out of a log" if run.environment.get("retrieved") else "")
 
 
 def _link(folder: Path, target: Path, text: str) -> str:
-    """A link to what is there and below the page's folder, which may then be moved as a whole."""
+    """Returns a link to an existing target below the folder, which may then be moved as a whole."""
     folder, target = folder.resolve(), target.resolve()
     if not target.exists() or not target.is_relative_to(folder):
         return ""
     address = quote(target.relative_to(folder).as_posix()) + "/" * target.is_dir()
     return f'<a href="{escape(address)}">{escape(text)}</a>'
+
+
+def _text_table(lines: Iterable[Iterable[str]], caption: str) -> str:
+    return _table([[escape(cell) for cell in line] for line in lines], caption)
+
+
+def _table(lines: Iterable[Sequence[str]], caption: str) -> str:
+    """Returns a table of cells that are HTML; the first line and the first column are headers."""
+    header, *body = lines
+    head = "".join(f'<th scope="col">{cell}</th>' for cell in header)
+    rows = "\n".join(
+        f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in rest) + "</tr>"
+        for first, *rest in body
+    )
+    return (
+        f'<div class="wide">\n<table>\n<caption>{escape(caption)}</caption>\n'
+        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table>\n</div>"
+    )

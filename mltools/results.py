@@ -1,275 +1,296 @@
-"""The folder of one run on disk: what was asked for, and all that came out of it.
+"""The folder of a run on disk.
 
     config.json    every setting, the library versions, the device, the git commit
     metrics.jsonl  one line per epoch
     angles.npz     per-sample cosines: one float32 array (epochs, samples) per layer
-    log.txt        the same for people
-    checkpoint.pt  while the run goes on: all that is needed to go on where it was written
-    state.pt       once it is finished: the weights and the feedback matrix
+    log.txt        the metrics for people
+    checkpoint.pt  while the run is unfinished: all that resumes it, its metrics and cosines too
+    state.pt       when it is finished: the weights and the feedback matrix
 
-Files are replaced whole, the log aside, so a run may be killed at any instant. Where they disagree
-after that, the checkpoint's epoch counts. Every number carries a checksum (see `mltools.records`,
-`mltools.logs` and `mltools.archives`), so what is damaged is not taken for a result.
+After each epoch the checkpoint is written, and then metrics.jsonl and angles.npz, from the epochs
+that the checkpoint holds. Files are replaced whole, the log aside, so a run may be killed at any
+instant.
 """
 
-import fcntl
+import argparse
 import itertools
 import json
-import math
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import re
+import reprlib
+import sys
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
+from filelock import FileLock
 
-from mltools import logs
-from mltools.archives import read_arrays
-from mltools.errors import UserError
-from mltools.files import reading, remove_leftovers, write_atomically, write_text
-from mltools.records import (
-    checksum,
-    differences,
-    diverged,
-    metrics_problem,
-    sealed,
-    sealed_metrics,
-    settings_problem,
-    unsealed,
-)
+from mltools.errors import UserError, reading
 
-RETRIEVE = "move it away and bring it back out of log.txt with log_retrieval.py"
-BRING_BACK = f"{RETRIEVE}, or move the folder away"
-FILES = ("config.json", "metrics.jsonl", "angles.npz", "log.txt", "checkpoint.pt", "state.pt")
+RESTORE = "move it away, and restore it from log.txt with log_retrieval.py"
+RESTORE_BOTH = "move it and metrics.jsonl away, and restore both from log.txt with log_retrieval.py"
+NAME = re.compile(r"\w[\w.-]{0,99}", re.ASCII)
+
+Metrics = dict
+"""A line of `metrics.jsonl`."""
+Rule = Callable[[Any], bool]
+
+
+@dataclass
+class RunResult:
+    """A run as its folder holds it, or as it was retrieved from a log."""
+
+    path: Path
+    """The run's folder, `<experiment>/seed-<n>` at its end."""
+    settings: dict = field(default_factory=dict)
+    """Of `config.json`; empty where there is no such file."""
+    environment: dict = field(default_factory=dict)
+    """Versions, device and commit, as in `config.json`."""
+    epochs: list[Metrics] = field(default_factory=list)
+    """The lines of `metrics.jsonl`, in order."""
+    has_checkpoint: bool = False
+
+    @property
+    def name(self) -> str:
+        """`<experiment>/seed-<n>`."""
+        return f"{self.path.parent.name}/{self.path.name}"
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the last epoch ended with a loss that is not a number."""
+        return bool(self.epochs) and diverged(self.epochs[-1])
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to train or to write."""
+        if not self.epochs or not self.settings or self.has_checkpoint:
+            return False
+        return self.epochs[-1]["epoch"] >= self.settings["epochs"] or self.diverged
 
 
 class RunFolder:
-    """Reads and writes the files of one run. Nothing is created before `start`."""
+    """Reads and writes the files of one run. Nothing is created before `lock`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
 
-    def config(self) -> dict | None:
-        """The `config.json` of this folder, or None where there is none.
+    def lock(self) -> FileLock:
+        """Returns a lock to be used in a `with` statement; a process that ends releases it.
 
-        Raises UserError if it cannot be read.
+        Entering it raises filelock.Timeout at once if it is held elsewhere.
         """
-        path = self.path / "config.json"
-        remedy = (
-            "move it and metrics.jsonl away and bring both back out of log.txt with "
-            "log_retrieval.py"
-        )
-        with reading(path, remedy):
-            try:
-                config = unsealed(path.read_bytes())
-            except FileNotFoundError:
-                return None
-            problem = settings_problem(config.get("settings"))
-            if problem:
-                raise ValueError(problem)
-        return config
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.path.with_name(f".{self.path.name}.lock"), timeout=0)
 
-    def check(self, settings: dict) -> None:
-        """Raises UserError if this folder belongs to a run with other settings, or is no run's."""
-        for name in FILES:
-            if (self.path / name).is_dir():
-                raise UserError(f"{self.path / name} is a folder, not a file: move it away")
-        config = self.config()
-        if config is None:
-            return
-        differing = differences(config["settings"], json.loads(json.dumps(settings)))
+    def load(self, with_epochs: bool = True) -> RunResult:
+        """Loads the run; a missing file counts as empty, and a torn last line is dropped.
+
+        Raises UserError if a file cannot be read.
+        """
+        result = RunResult(self.path, has_checkpoint=(self.path / "checkpoint.pt").exists())
+        path = self.path / "config.json"
+        with reading(path, RESTORE_BOTH):
+            if path.exists():
+                config = json.loads(path.read_bytes())
+                _check(config, settings=_is_dict, environment=_is_dict)
+                check_settings(config["settings"])
+                result.settings, result.environment = config["settings"], config["environment"]
+        path = self.path / "metrics.jsonl"
+        with reading(path, RESTORE):
+            there = with_epochs and path.exists()
+            lines = path.read_bytes().split(b"\n")[:-1] if there else []
+        for number, line in enumerate(lines, 1):
+            with reading(f"{path}: line {number}", RESTORE):
+                metrics = json.loads(line)
+                check_metrics(metrics)
+                if result.epochs and metrics["epoch"] <= result.epochs[-1]["epoch"]:
+                    raise ValueError("its epoch is not after the one before")
+                result.epochs.append(metrics)
+        return result
+
+    def check(self, settings: dict) -> RunResult:
+        """Loads the run, to train or to resume it with the given settings.
+
+        If there is a checkpoint, which has the epochs too, `metrics.jsonl` is not read.
+
+        Raises UserError if a file cannot be read, if the folder holds a run with other settings, or
+        if its checkpoint is lost.
+        """
+        result = self.load(with_epochs=not (self.path / "checkpoint.pt").exists())
+        differing = differences(result.settings, settings) if result.settings else ""
         if differing:
             raise UserError(
                 f"{self.path} holds a run with other settings ({differing}): choose another "
                 "--results-dir, or set that folder aside with --force"
             )
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Makes the folder, and keeps it from other runs until the block or the process ends.
-
-        Raises UserError if another process is at work in it.
-        """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / "log.txt", "ab") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"{self.path}: another process is at work on this run: wait for its end, or "
-                    "stop it"
-                ) from None
-            if not self._holds(file):
-                raise UserError(f"{self.path}: another process has set this run aside: try again")
-            yield
-
-    def _holds(self, log: BinaryIO) -> bool:
-        """Whether this is the folder's log still."""
-        try:
-            return os.path.samestat(os.fstat(log.fileno()), os.stat(self.path / "log.txt"))
-        except FileNotFoundError:
-            return False
+        begun = bool(result.epochs) or (self.path / "state.pt").exists()
+        if begun and not result.finished and not result.has_checkpoint:
+            raise UserError(
+                f"{self.path} has results of {len(result.epochs)} epochs and no checkpoint.pt to "
+                "resume from: restore the lost file (log_retrieval.py restores metrics.jsonl), or "
+                "set the folder aside with --force"
+            )
+        return result
 
     def set_aside(self) -> Path:
-        """Renames the folder, so that another run can take its place; says what it is called now.
-
-        Raises UserError if another process is at work in it.
-        """
-        with self.locked():
-            numbers = itertools.count(1)
-            aside = (self.path.with_name(f"aside-{i}-{self.path.name}") for i in numbers)
-            return self.path.rename(next(path for path in aside if not path.exists()))
-
-    def metrics(self) -> list[dict]:
-        """The intact epochs of `metrics.jsonl`, in order; a torn last line is left out.
-
-        Raises UserError if an earlier line is damaged, or another run's.
-        """
-        path = self.path / "metrics.jsonl"
-        with reading(path, RETRIEVE):
-            try:
-                lines = path.read_bytes().split(b"\n")
-            except FileNotFoundError:
-                return []
-            if len(lines) > 1 and self.config() is None:
-                raise ValueError("config.json, which it belongs to, is not there")
-        epochs: list[dict] = []
-        start = self._checksum()
-        for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is torn
-            with reading(f"{path}: line {number}", RETRIEVE):
-                epoch = unsealed(line, start)
-                problem = metrics_problem(epoch)
-                if problem:
-                    raise ValueError(problem)
-            start = checksum(epoch, start)
-            epochs.append(epoch)
-        return epochs
-
-    def finished(self) -> bool:
-        """Whether the metrics reach the end: the last epoch asked for, or one that diverged."""
-        metrics, config = self.metrics(), self.config()
-        if not metrics or config is None:
-            return False
-        return metrics[-1]["epoch"] >= config["settings"]["epochs"] or diverged(metrics[-1])
-
-    def ended(self) -> bool:
-        """Whether nothing is left to do: the metrics reach the end, and there is no checkpoint."""
-        return self.finished() and not (self.path / "checkpoint.pt").exists()
-
-    def complete(self) -> bool:
-        """As `ended`, of a run that nobody else is at work on.
-
-        Raises UserError if files are lost without which it can neither go on nor begin again.
-        """
-        if (self.path / "checkpoint.pt").exists():
-            return False
-        if self.ended():
-            return True
-        if (self.path / "state.pt").exists():
-            raise UserError(f"{self.path}: metrics.jsonl has lost epochs: {BRING_BACK}")
-        if self.metrics():
-            raise UserError(
-                f"{self.path}: checkpoint.pt, where this run would go on, is not there: put it "
-                "back, or set the folder aside with --force"
-            )
-        return False
+        """Renames the folder, so that another run can take its place; returns its new path."""
+        paths = (self.path.with_name(f"aside-{i}-{self.path.name}") for i in itertools.count(1))
+        return self.path.rename(next(path for path in paths if not path.exists()))
 
     def start(self, settings: dict, environment: dict) -> None:
-        """Makes the folder and its `config.json`, if they are not there."""
+        """Creates the folder and its `config.json`, if they are not there."""
         self.path.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(self.path)
-        if self.config() is None:
+        if not (self.path / "config.json").exists():
             config = {"settings": settings, "environment": environment}
-            write_text(self.path / "config.json", json.dumps(sealed(config), indent=2) + "\n")
+            self.write("config.json", lambda file: file.write(_json(config, indent=2)))
+
+    def remove_leftovers(self) -> None:
+        """Removes temporary files of a killed process; the caller holds the lock."""
+        for path in self.path.glob(f".*.{'[0-9a-f]' * 32}"):
+            path.unlink(missing_ok=True)
 
     def write(self, name: str, write: Callable[[BinaryIO], object]) -> None:
         """Replaces a file of the folder whole."""
         write_atomically(self.path / name, write)
 
-    def rewind(self, epochs: int) -> None:
-        """Forgets what comes after so many epochs.
+    def write_metrics(self, epochs: Iterable[Metrics]) -> None:
+        """Replaces `metrics.jsonl`."""
+        self.write("metrics.jsonl", lambda file: file.writelines(map(_json, epochs)))
 
-        Raises UserError if not all of these are there.
-        """
-        kept = self._epochs(epochs)
-        angles = self.angles()
-        if any(len(rows) > epochs for rows in angles.values()):
-            self._write_angles({layer: rows[:epochs] for layer, rows in angles.items()})
-        self.write_metrics(kept)
-
-    def _epochs(self, count: int) -> list[dict]:
-        """The first so many epochs."""
-        epochs = [line for line in self.metrics() if line["epoch"] <= count]
-        if len(epochs) < count:
-            raise UserError(
-                f"{self.path}: metrics.jsonl has {len(epochs)} of {count} epochs: {BRING_BACK}"
-            )
-        return epochs
-
-    def write_metrics(self, epochs: list[dict]) -> None:
-        """Replaces `metrics.jsonl` whole."""
-        lines = sealed_metrics(epochs, self._checksum())
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        write_text(self.path / "metrics.jsonl", text)
-
-    def angles(self) -> dict[str, np.ndarray]:
-        """Layer name to per-sample cosines, float32 (epochs, samples).
-
-        Raises UserError if the file is damaged.
-        """
-        path = self.path / "angles.npz"
-        with reading(path, "move it away to go on without what it held"):
-            try:
-                angles = read_arrays(path)
-            except FileNotFoundError:
-                return {}
-            shapes = {rows.shape for rows in angles.values()}
-            if len(shapes) > 1 or any(len(shape) != 2 for shape in shapes):
-                raise ValueError(f"arrays of {', '.join(map(str, shapes))}, not (epochs, samples)")
-            for layer, rows in angles.items():
-                if rows.dtype != np.float32 or (np.abs(rows) > 1.001).any():  # rounded; or NaN
-                    raise ValueError(f"{layer!r} does not hold float32 cosines")
-        return angles
-
-    def add_epoch(self, metrics: dict, angles: dict[str, np.ndarray]) -> None:
-        """Puts down one epoch: its line of metrics, and the cosines (samples,) of each layer.
-
-        Cosines of earlier epochs that are not there, in a run out of a log say, become NaN.
-
-        Raises UserError if the metrics of earlier epochs are not there.
-        """
-        done = metrics["epoch"] - 1
-        epochs = self._epochs(done)
-        before, whole = self.angles(), {}
-        for layer, row in angles.items():
-            whole[layer] = np.full((done + 1, len(row)), np.nan, np.float32)
-            known = before.get(layer, whole[layer])[:done]
-            whole[layer][: len(known)] = known
-            whole[layer][done] = row
-        self._write_angles(whole)
-        self.write_metrics([*epochs, metrics])
+    def write_angles(self, angles: Mapping[str, np.ndarray]) -> None:
+        """Replaces `angles.npz`: layer name to cosines, float32 (epochs, samples)."""
+        self.write("angles.npz", lambda file: np.savez(file, allow_pickle=False, **angles))
 
     def log(self, *lines: str) -> None:
-        """Appends lines to `log.txt`, with the time and a checksum; the run must be started."""
-        run = self._checksum()
+        """Appends lines to `log.txt`, each with the time."""
         with open(self.path / "log.txt", "a", encoding="utf-8") as file:
-            file.writelines(
-                f"{datetime.now():%Y-%m-%d %H:%M:%S}  {logs.sealed(line, run)}\n" for line in lines
-            )
+            file.writelines(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}\n" for line in lines)
             file.flush()
             os.fsync(file.fileno())
 
-    def _checksum(self) -> int:
-        """Of the settings: what those of the metrics and of the log go on from."""
-        config = self.config()
-        return checksum(config["settings"] if config else None)
 
-    def _write_angles(self, angles: dict[str, np.ndarray]) -> None:
-        self.write("angles.npz", lambda file: np.savez(file, allow_pickle=False, **angles))
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Calls `write` with a file that takes the place of `path` once it is whole and on disk.
+
+    Raises OSError as `open` and `write` do; `path` is then as it was, and nothing else is left.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with open(temporary, "xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno and error.filename in (None, str(temporary)):
+            error.filename = str(path)
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def rounded(value: float) -> float | None:
-    """A number of `metrics.jsonl`, as precise as in the log; what is no number is null in JSON."""
-    return round(float(value), 4) if math.isfinite(value) else None
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file with a text in UTF-8, see `write_atomically`."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def user_path(text: str) -> Path:
+    """Converts the text of an option to a path; a leading `~` is the home folder, as in a shell.
+
+    Raises ArgumentTypeError for the home folder of an unknown user.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"there is no home folder for {text}") from None
+
+
+def diverged(metrics: Metrics) -> bool:
+    """Whether an epoch ended with a loss that is not a number."""
+    return metrics["train_loss"] is None or metrics["test_loss"] is None
+
+
+def differences(there: dict, asked: dict) -> str:
+    """Lists the differences between the settings of two runs; empty if they are equal."""
+    there, asked = flattened(there), flattened(asked)
+    return "; ".join(
+        f"{key} is {there.get(key)!r} there, now {asked.get(key)!r}"
+        for key in sorted({*there, *asked})
+        if there.get(key) != asked.get(key)
+    )
+
+
+def flattened(nested: dict, prefix: str = "") -> dict:
+    """Returns nested settings as one dict, with keys like `experiment.network.hidden`."""
+    flat: dict = {}
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            flat |= flattened(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def check_settings(settings: dict) -> None:
+    """Raises ValueError if the settings of `config.json` lack a key, or have a wrong value."""
+    whole = _number(1, float("inf"), int)
+    _check(
+        settings,
+        experiment=lambda value: _is_dict(value) and _is_name(value.get("name")),
+        seed=_or_none(_number(0, 2**63 - 1, int)),
+        dataset=_is_name,
+        epochs=whole,
+        batch_size=_or_none(whole),
+        feedback_placement=_or_none(_is_name),
+    )
+
+
+def check_metrics(metrics: Metrics) -> None:
+    """Raises ValueError if a line of `metrics.jsonl` lacks a key, or has a wrong value."""
+    percent, positive = _number(0, 100), _or_none(_number(0, sys.float_info.max))
+    _check(
+        metrics,
+        epoch=_number(1, float("inf"), int),
+        train_loss=positive,
+        train_accuracy=percent,
+        test_loss=positive,
+        test_accuracy=percent,
+        alignment=lambda value: _is_dict(value) and all(map(_is_name, value)),
+        seconds=positive,
+    )
+    for cosine in metrics["alignment"].values():
+        _check(cosine, mean=_or_none(_number(-1, 1)), std=_or_none(_number(0, 2)))
+
+
+def _check(record: Any, **rules: Rule) -> None:
+    if not _is_dict(record):
+        raise ValueError("it is not a JSON object")
+    for key, passes in rules.items():
+        if key not in record:
+            raise ValueError(f"{key} is missing")
+        if not passes(record[key]):
+            raise ValueError(f"{key} is {reprlib.repr(record[key])}")
+
+
+def _number(low: float, high: float, *kinds: type) -> Rule:
+    return lambda value: type(value) in (kinds or (int, float)) and low <= value <= high
+
+
+def _or_none(rule: Rule) -> Rule:
+    return lambda value: value is None or rule(value)
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and NAME.fullmatch(value) is not None
+
+
+def _is_dict(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+def _json(record: dict, indent: int | None = None) -> bytes:
+    return (json.dumps(record, indent=indent) + "\n").encode()

@@ -1,4 +1,9 @@
-"""What the scripts share: their options, and running experiments over seeds."""
+"""The command line of the scripts, and the loop over experiments and seeds.
+
+The lock on a run's folder is the queue: any number of copies of a script share a sweep, started by
+torchrun, by Slurm or by hand. Each takes the unfinished runs whose lock is free, the longest first,
+and in the end waits for the others. The run of a copy that was killed is resumed by another one.
+"""
 
 import argparse
 import dataclasses
@@ -6,330 +11,290 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
+from filelock import Timeout
 
-from mltools import processes
-from mltools.board import Board, check_installed
-from mltools.data import DATASETS, DataSet, load
+from mltools.data import DataSet, cores
 from mltools.errors import UserError, show
-from mltools.files import user_path
-from mltools.networks import PLACEMENTS
-from mltools.progress import progress_of_all
-from mltools.results import RunFolder
-from mltools.runs import train
-from mltools.training import PRECISIONS, Experiment
+from mltools.gpu import own_stream
+from mltools.progress import Board, Progress, check_tensorboard
+from mltools.results import Metrics, RunFolder, RunResult, user_path
+from mltools.training import Experiment, Run, Settings, Trainer, option, train_run
 
 PARALLEL_ON_CUDA = 8  # on an H200, more bring no more
 STREAMS_ON_CUDA = 32  # that PyTorch keeps apart; runs that shared one would mix their work
+SECONDS_BETWEEN_LOCKS = 0.2  # when other threads or copies hold all runs that are left
 
 
-@dataclass(frozen=True)
-class Options:
-    """What a user chooses: the fields are the scripts' options, see `parse`."""
+def _count_or_auto(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"takes a number from 1 up, or auto, not {text!r}")
+    return int(text)
 
-    dataset: str
-    data_dir: Path
-    results_dir: Path
-    seeds: tuple[int, ...] = tuple(range(10))
-    epochs: int = 50
-    batch_size: int = 128
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    feedback_placement: str = "release"
-    precision: str = "float32"
-    parallel_runs: int | None = None
-    deterministic: bool = False
-    force: bool = False
-    quiet: bool = False
-    tensorboard: bool = False
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Settings):
+    """The options of a script; a script that has more derives a class with more fields."""
+
+    data_dir: Path = option(
+        "folder of the data sets; a missing one is fetched", type=user_path, metavar="DIR"
+    )
+    results_dir: Path = option("folder of the results", type=user_path, metavar="DIR")
+    experiments: Sequence[str] = option(
+        "the experiments to run, see --list", (), nargs="+", metavar="NAME"
+    )
+    seeds: Sequence[int] = option(
+        "the seeds to run each experiment with", nargs="+", type=int, metavar="N"
+    )
+    device: str = option(
+        "cpu, cuda, cuda:N, or auto, which is cuda where there is a GPU; under torchrun, cuda is "
+        "another GPU for each process",
+        "auto",
+        metavar="DEVICE",
+    )
+    parallel_runs: int | None = option(
+        f"runs to train at once, or auto, which is {PARALLEL_ON_CUDA} on CUDA and 1 on a CPU, "
+        "whose threads the runs share",
+        None,
+        type=_count_or_auto,
+        metavar="N",
+    )
+    deterministic: bool = option("on CUDA too, the same seed gives the same bits; slower", False)
+    force: bool = option("set a folder with other settings aside, and start anew", False)
+    quiet: bool = option("show nothing but the tables and errors", False)
+    tensorboard: bool = option(
+        "write each run's epochs for TensorBoard too, into its folder", False
+    )
+    tables_only: bool = option(
+        "run nothing, write the tables and figures of the results so far", False
+    )
 
     def at_once(self) -> int:
-        """How many runs to train at once."""
+        """Returns how many runs to train at once."""
         if self.parallel_runs is None:
             return PARALLEL_ON_CUDA if self.device.startswith("cuda") else 1
         return self.parallel_runs
 
 
-class Job(NamedTuple):
-    """A run that is not finished."""
-
-    experiment: Experiment
-    folder: RunFolder
-    settings: dict
+SomeOptions = TypeVar("SomeOptions", bound=Options)
 
 
-def parse(
+def parse_options(
     script: str,
     description: str | None,
-    experiments: Callable[[argparse.Namespace], Sequence[Experiment]],
-    defaults: Options,
-    more_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
-) -> tuple[Options, list[Experiment], bool]:
-    """Reads the command line of a script.
+    defaults: SomeOptions,
+    experiments: Callable[[SomeOptions], Sequence[Experiment]],
+) -> tuple[SomeOptions, list[Experiment]]:
+    """Reads the command line of a script, whose options are the fields of `defaults`.
 
     Args:
-        script: its name, for `--help`.
+        script: its name.
         description: its docstring, for `--help`; None under `python -OO`.
-        experiments: all rows there are, given the parsed command line.
-        defaults: of the common options.
-        more_options: adds the script's own options.
+        defaults: the options of an empty command line.
+        experiments: returns all experiments that there are under the given options.
 
-    Returns: the common options, the rows chosen, and whether only tables are asked for. `--list`
-    prints the rows and exits.
+    Returns: the options, and the experiments chosen. `--list` prints all of them and exits.
 
     Raises UserError for an unknown experiment or device, a number out of range, or a results folder
     that cannot be written to, or has no results of which to make tables.
     """
     parser = _Parser(
-        prog=script,
+        prog=f"{script}.py",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-
-    def option(name: str, help: str, **kind) -> None:
-        default = getattr(defaults, name)
-        if isinstance(default, tuple):
-            default = " ".join(map(str, default))
+    for field in dataclasses.fields(defaults):
+        flag = f"--{field.name.replace('_', '-')}"
+        default, argument = getattr(defaults, field.name), dict(field.metadata)
+        shown, help = default, argument.pop("help")
+        if default is False:
+            shown, argument = "no", {"action": "store_true"}
         elif default is None:
-            default = "auto"
-        flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, help=f"{help} (default: {default})", **kind)
-
-    def switch(name: str, help: str) -> None:
-        parser.add_argument(f"--{name}", action="store_true", help=f"{help} (default: no)")
-
-    names = ", ".join(DATASETS)
-    option("dataset", f"one of {names}", choices=DATASETS, metavar="NAME")
-    option(
-        "data_dir",
-        "folder of the data sets; a missing one is fetched",
-        type=user_path,
-        metavar="DIR",
-    )
-    option("results_dir", "where the results go", type=user_path, metavar="DIR")
-    parser.add_argument(
-        "--experiments",
-        nargs="+",
-        default=[],
-        metavar="ROW",
-        help="the rows to run, see --list (default: all)",
-    )
-    option("seeds", "the seeds to run each row with", nargs="+", type=int, metavar="N")
-    option("epochs", "how long to train", type=int, metavar="N")
-    option("batch_size", "samples in a training step", type=int, metavar="N")
-    option("device", "cpu, cuda or cuda:N; under torchrun, cuda is another GPU for each process")
-    option(
-        "feedback_placement",
-        "every-layer: a feedback point before every weight layer but the first, which is DFA "
-        "proper; release: the same, less the points that the 2019 release missed",
-        choices=PLACEMENTS,
-        metavar="PLACEMENT",
-    )
-    option(
-        "precision",
-        "of the training and the evaluation: float32, as in the paper; tf32, faster matrix "
-        "products on CUDA; bf16, mixed precision",
-        choices=PRECISIONS,
-        metavar="PRECISION",
-    )
-    option(
-        "parallel_runs",
-        f"how many runs to train at once, or auto, which is {PARALLEL_ON_CUDA} on CUDA and 1 on a "
-        "CPU, whose threads the runs share",
-        type=_count_or_auto,
-        metavar="N",
-    )
-    switch("deterministic", "on CUDA too, the same seed gives the same bits; slower there")
-    switch("force", "set a folder with other settings aside, and start anew")
-    switch("quiet", "show nothing but the tables and errors")
-    # argparse applies the type of an option only to a default that is text.
-    folders = {name: str(getattr(defaults, name)) for name in ("data_dir", "results_dir")}
-    parser.set_defaults(**dataclasses.asdict(defaults) | folders)
-    switch("tensorboard", "write each run's epochs for TensorBoard too, into its folder")
-    switch("tables-only", "run nothing, write the tables and figures of what is there")
-    switch("list", "list the rows and exit")
-    more_options(parser)
-    arguments = parser.parse_args()
-    if (arguments.list or arguments.tables_only) and processes.rank() > 0:
-        sys.exit()  # what is left to do, rank 0 does
-    rows = experiments(arguments)
-    known = {experiment.name: experiment for experiment in rows}
-    if arguments.list:
-        show("\n".join(known))
+            shown = "auto"
+        elif isinstance(default, Path):
+            argument["default"] = str(default)  # argparse converts only text
+        elif isinstance(default, Iterable) and not isinstance(default, str):
+            shown = " ".join(map(str, default)) or "all"
+        parser.add_argument(
+            flag, **{"default": default, "help": f"{help} (default: {shown})", **argument}
+        )
+    parser.add_argument("--list", action="store_true", help="list the experiments and exit")
+    arguments = vars(parser.parse_args())
+    only_list = arguments.pop("list")
+    options = dataclasses.replace(defaults, **arguments)
+    known = {experiment.name: experiment for experiment in experiments(options)}
+    if only_list:
+        if is_first():
+            show("\n".join(known))
         sys.exit()
-    for name in arguments.experiments:
+    for name in options.experiments:
         if name not in known:
             raise UserError(f"no experiment is called {name!r}; there are: {', '.join(known)}")
-    values = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Options)}
-    values["seeds"] = tuple(arguments.seeds)
-    values["device"] = processes.own_device(arguments.device)
-    options = Options(**values)
-    if options.epochs < 1 or options.batch_size < 2:
-        raise UserError("--epochs must be at least 1 and --batch-size at least 2")
-    in_range = all(0 <= seed < 2**63 for seed in options.seeds)
-    if not in_range or len(set(options.seeds)) < len(options.seeds):
-        raise UserError("--seeds takes different numbers, from 0 to 2**63 - 1")
-    _check_device(options.device)
-    if options.device.startswith("cuda") and options.at_once() > STREAMS_ON_CUDA:
-        raise UserError(f"--parallel-runs takes at most {STREAMS_ON_CUDA} on CUDA")
-    if options.precision == "tf32" and not options.device.startswith("cuda"):
-        raise UserError("--precision tf32 needs a CUDA device: choose float32 or bf16")
-    if options.tensorboard:
-        check_installed()
-    if arguments.tables_only:
-        _check_results(options.results_dir / Path(script).stem)
+    options = dataclasses.replace(options, device=_own_device(options.device))
+    _check_options(options)
+    folder = options.results_dir / script
+    if options.tables_only and not folder.is_dir():
+        raise UserError(f"{folder} has no results to make tables of: give another --results-dir")
     _check_writable(options.results_dir)
-    chosen = [known[name] for name in known if name in (arguments.experiments or known)]
-    return options, chosen, arguments.tables_only
+    chosen = [known[name] for name in known if name in (options.experiments or known)]
+    return options, chosen
 
 
-def run(script: str, experiments: Sequence[Experiment], options: Options) -> None:
-    """Runs every experiment with every seed, those aside that are finished already.
-
-    Seed by seed: so the table is whole early, and where several runs go on at once, small networks
-    fill the gaps that large ones leave. Processes that torchrun has started share the runs, the
-    longest first, so that all have work to the end; then rank 0 returns, and the others exit.
+def run_sweep(
+    script: str, experiments: Sequence[Experiment], options: Options, data: DataSet
+) -> None:
+    """Runs every experiment with every seed; runs that are finished already are skipped.
 
     Ctrl-C, or a request to terminate, lets each run end its batch and write a checkpoint; a second
     one ends the process at once, and costs no more than the epoch under way.
 
     Raises:
-        UserError: before any training, if the data or a run's folder is not as it must be.
+        UserError: before any training, if the data does not fit the networks or the batch size, or
+            if a run's folder cannot be resumed and `force` is not set.
         KeyboardInterrupt: it was interrupted, and all runs have ended.
     """
     _set_arithmetic(options)
-    todo: list[Job] = []
-    aside = []
-    with processes.rank_zero_first():
-        data = load(options.dataset, options.data_dir)
-        for seed in options.seeds:
-            for experiment in experiments:
-                folder = folder_of(script, experiment.name, seed, options)
-                settings = settings_of(experiment, seed, data, options)
-                try:
-                    folder.check(settings)
-                    if folder.complete():
-                        continue
-                except UserError:
-                    if not options.force:
-                        raise
-                    aside.append(folder)
-                todo.append(Job(experiment, folder, settings))
-        if todo:
-            cost = {
-                network: network.multiply_adds(data.input_shape, data.classes)
-                for network in {job.experiment.network for job in todo}
-            }  # says now if the images do not fit
-            if processes.rank() == 0:
-                for folder in aside:
-                    show(f"{folder.path} set aside as {folder.set_aside()}")
-            if processes.launched():
-                todo.sort(key=lambda job: -cost[job.experiment.network])
-    if todo:
-        _train(todo, data, options)
-    if processes.rank() > 0:
-        sys.exit()
+    folders: dict[Run, RunFolder] = {}
+    for seed in options.seeds:
+        for experiment in experiments:
+            run = describe_run(experiment, seed, options, data)
+            folder = _folder(script, experiment.name, seed, options)
+            try:
+                if folder.check(run.settings).finished:
+                    continue
+            except UserError:
+                if not options.force:
+                    raise
+            folders[run] = folder
+    if not folders:
+        return
+    if options.batch_size > len(data.train):
+        raise UserError(f"--batch-size {options.batch_size} is more than {len(data.train)} images")
+    networks = {run.experiment.network for run in folders}
+    size = data.input_shape, data.classes
+    cost = {network: network.multiply_adds(*size) for network in networks}
+    longest_first = sorted(folders, key=lambda run: -cost[run.experiment.network])
+    _train({run: folders[run] for run in longest_first}, options, data)
 
 
-def _train(todo: Sequence[Job], data: DataSet, options: Options) -> None:
-    """Trains the runs that this process takes, and waits for those that others have taken."""
+def _train(folders: Mapping[Run, RunFolder], options: Options, data: DataSet) -> None:
+    """Trains the runs whose locks are free, and waits until all are finished."""
     device = torch.device(options.device)
-    for part in (data.train, data.test):
-        part.resident(device)  # once, before runs share it
+    for split in (data.train, data.test):
+        split.resident(device)  # once, before runs share it
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    epochs = sum(options.epochs - len(job.folder.metrics()) for job in todo)
+    left = dict(folders)
     stop = threading.Event()
 
-    with progress_of_all(len(todo), epochs, options.quiet) as progress:
-
-        def one(experiment: Experiment, folder: RunFolder, settings: dict) -> None:
-            name = f"{experiment.name} seed {settings['seed']}"
-            try:
-                if stop.is_set() or not processes.take(name):
-                    return
-                with _board(folder, options) as board:
-
-                    def epoch_ended(metrics: dict) -> None:
-                        progress.epoch_ended(name, options.epochs, metrics)
-                        if board:
-                            board.epoch_ended(metrics)
-
-                    line = progress.line
-                    train(experiment, data, folder, settings, device, line, epoch_ended, stop)
-            except BaseException:
-                stop.set()  # an error ends the others as Ctrl-C does
+    def train(run: Run, folder: RunFolder) -> None:
+        try:
+            if folder.check(run.settings).finished:  # by another copy, or another thread
+                return
+        except UserError:
+            if not options.force:
                 raise
-            progress.run_ended()
+            show(f"{folder.path} set aside as {folder.set_aside()}")
 
-        with _stopped_by_signals(stop):
-            if options.at_once() == 1:
-                # Not in a thread of its own: with more of OpenMP's threads than cores, they would
-                # sleep between any two products.
-                for job in todo:
-                    one(*job)
-            else:
-                with _threads_shared(options), ThreadPoolExecutor(options.at_once()) as pool:
-                    futures = [pool.submit(one, *job) for job in todo]
-                for future in futures:
-                    future.result()
-            for job in todo:
-                processes.wait(job.folder.ended, stop)
+        board = Board(folder.path) if options.tensorboard else None
+
+        def epoch_ended(metrics: Metrics) -> None:
+            if board:
+                board.add(metrics)
+            progress.update()
+
+        with own_stream(device), board or nullcontext():
+            train_run(Trainer(run, data, device), folder, progress.line, epoch_ended, stop)
+        progress.run_ended(run)
+
+    def work() -> None:
+        try:
+            while left and not stop.is_set():
+                for run, folder in list(left.items()):
+                    with suppress(Timeout), folder.lock():  # or it is held elsewhere
+                        if not stop.is_set():
+                            train(run, folder)
+                        if not stop.is_set():
+                            left.pop(run, None)
+                progress.update()
+                if left:
+                    time.sleep(SECONDS_BETWEEN_LOCKS)
+        except BaseException:
+            stop.set()  # an error ends the other threads' runs as Ctrl-C does
+            raise
+
+    progress = Progress(folders, options.quiet or not is_first())
+    with progress, _stopped_by_signals(stop):
+        if options.at_once() == 1:
+            # Not in a thread of its own: with more of OpenMP's threads than cores, they would
+            # sleep between any two products.
+            work()
+        else:
+            with _threads_shared(options), ThreadPoolExecutor(options.at_once()) as pool:
+                futures = [pool.submit(work) for _ in range(options.at_once())]
+            for future in futures:
+                future.result()
     if stop.is_set():
         raise KeyboardInterrupt
 
 
-def folder_of(script: str, experiment: str, seed: int, options: Options) -> RunFolder:
-    """The folder of one run: `<results-dir>/<script>/<experiment>/seed-<n>`."""
+def describe_run(experiment: Experiment, seed: int, options: Settings, data: DataSet) -> Run:
+    """Returns the description of one run of a sweep."""
+    shared = {f.name: getattr(options, f.name) for f in dataclasses.fields(Settings)}
+    return Run(**shared, experiment=experiment, seed=seed, data_crc32=data.crc32)
+
+
+def load_runs(
+    script: str, experiments: Sequence[Experiment], options: Options
+) -> dict[str, list[RunResult]]:
+    """Loads the runs of a sweep: for each experiment one per seed, whether it is there or not.
+
+    Raises UserError if a file cannot be read.
+    """
+    return {
+        experiment.name: [
+            _folder(script, experiment.name, seed, options).load() for seed in options.seeds
+        ]
+        for experiment in experiments
+    }
+
+
+def is_first() -> bool:
+    """Returns whether this copy prints: of the copies that torchrun has started, only the first."""
+    return _torchrun("RANK") in (None, "0")
+
+
+def _torchrun(variable: str) -> str | None:
+    """Returns an environment variable that torchrun has set, or None without torchrun."""
+    return os.environ[variable] if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+
+def _folder(script: str, experiment: str, seed: int, options: Options) -> RunFolder:
     return RunFolder(options.results_dir / script / experiment / f"seed-{seed}")
 
 
-def runs_of(
-    script: str, experiments: Iterable[Experiment], options: Options
-) -> dict[str, list[RunFolder]]:
-    """For each row its runs, one per seed."""
-    return {
-        row.name: [folder_of(script, row.name, seed, options) for seed in options.seeds]
-        for row in experiments
-    }
-
-
-def settings_of(experiment: Experiment, seed: int, data: DataSet, options: Options) -> dict:
-    """What a run's results depend on; two runs with the same settings give the same results."""
-    return {
-        "experiment": dataclasses.asdict(experiment),
-        "seed": seed,
-        "dataset": data.name,
-        "data_crc32": data.crc32,
-        "epochs": options.epochs,
-        "batch_size": options.batch_size,
-        "feedback_placement": options.feedback_placement,
-        "precision": options.precision,
-    }
-
-
-def _board(folder: RunFolder, options: Options) -> AbstractContextManager[Board | None]:
-    if not options.tensorboard:
-        return nullcontext()
-    return Board(folder.path / "tensorboard", len(folder.metrics()))
-
-
 def _set_arithmetic(options: Options) -> None:
-    """Sets what PyTorch keeps for the whole process."""
+    """Sets PyTorch's options for the whole process."""
     precision = "tf32" if options.precision == "tf32" else "ieee"
     torch.backends.cuda.matmul.fp32_precision = precision
     torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]  # set at import
-    if processes.launched() and options.device == "cpu":
-        torch.set_num_threads(processes.own_threads())
-    elif processes.launched():
-        torch.cuda.set_device(options.device)  # what does not name one shall not take the first
+    copies = _torchrun("LOCAL_WORLD_SIZE")
+    if copies and options.device == "cpu":
+        # torchrun has set OMP_NUM_THREADS to 1, so that PyTorch does not know.
+        torch.set_num_threads(max(1, cores() // int(copies)))
+    elif torch.device(options.device).index is not None:
+        torch.cuda.set_device(options.device)  # work that names no device shall not take the first
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if options.deterministic != torch.are_deterministic_algorithms_enabled():
@@ -338,7 +303,7 @@ def _set_arithmetic(options: Options) -> None:
 
 @contextmanager
 def _threads_shared(options: Options) -> Iterator[None]:
-    """On the CPU, runs that go on at once share its threads."""
+    """Shares the threads of a CPU between runs at once."""
     threads = torch.get_num_threads()
     if options.device == "cpu":
         torch.set_num_threads(max(1, threads // options.at_once()))
@@ -365,41 +330,43 @@ def _stopped_by_signals(stop: threading.Event) -> Iterator[None]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Complains in one line, as the scripts do of everything."""
+    """Reports bad usage in one line, as the scripts report every error."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
 
 
-def _count_or_auto(text: str) -> int | None:
-    if text == "auto":
-        return None
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"takes a number from 1 up, or auto, not {text!r}")
-    return int(text)
+def _own_device(name: str) -> str:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    local_rank = _torchrun("LOCAL_RANK")
+    return f"cuda:{local_rank}" if name == "cuda" and local_rank else name
 
 
-def _check_device(name: str) -> None:
+def _check_options(options: Options) -> None:
+    if options.epochs < 1 or options.batch_size < 2:
+        raise UserError("--epochs must be at least 1 and --batch-size at least 2")
+    in_range = all(0 <= seed < 2**63 for seed in options.seeds)
+    if not in_range or len(set(options.seeds)) < len(options.seeds):
+        raise UserError("--seeds takes different numbers, from 0 to 2**63 - 1")
     try:
-        device = torch.device(name)
+        device = torch.device(options.device)
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device must be cpu, cuda or cuda:N, not {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        remedy = "; have torchrun start one process for each" if processes.launched() else ""
-        raise UserError(
-            f"--device {name} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices"
-            f"{remedy}"
-        )
-
-
-def _check_results(folder: Path) -> None:
-    if not folder.is_dir():
-        raise UserError(
-            f"{folder}, of which to make the tables, is not there: give the --results-dir that "
-            "the runs had"
-        )
+        raise UserError(f"--device must be auto, cpu, cuda or cuda:N, not {options.device!r}")
+    if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise UserError(
+                f"--device {options.device} is not there: PyTorch sees "
+                f"{torch.cuda.device_count()} CUDA devices"
+            )
+        if options.at_once() > STREAMS_ON_CUDA:
+            raise UserError(f"--parallel-runs takes at most {STREAMS_ON_CUDA} on CUDA")
+    elif options.precision == "tf32":
+        raise UserError("--precision tf32 needs a CUDA device: choose float32 or bf16")
+    if options.tensorboard:
+        check_tensorboard()
 
 
 def _check_writable(folder: Path) -> None:

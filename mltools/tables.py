@@ -1,22 +1,31 @@
-"""Tables of many runs: per experiment its accuracies over seeds, and the alignment per layer."""
+"""Tables of experiments: their accuracies over seeds, and the alignment of each layer."""
 
 import csv
 import io
 import json
-import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 
 from mltools.errors import UserError
-from mltools.files import write_text
-from mltools.records import differences, diverged
-from mltools.results import RunFolder
+from mltools.results import RunResult, differences, write_text
 
 Spread = tuple[float, float | None]
-"""A mean, and a standard deviation where there is more than one value to take it over."""
+"""A mean, and the standard deviation (n - 1), None for a single value."""
+
+LATEX = r"""\begin{table}
+\centering
+\caption{%s}
+\begin{tabular}{%s}
+\toprule
+%s \\
+\midrule
+%s
+\bottomrule
+\end{tabular}
+\end{table}
+"""
 
 
 @dataclass
@@ -25,207 +34,135 @@ class Row:
 
     name: str
     test: Spread | None = None
-    """Final test accuracy: mean and standard deviation (n - 1) over seeds; None without a run."""
+    """Final test accuracy over seeds; None without a run that counts."""
     train: Spread | None = None
-    """The same of the running train accuracy of the last epoch."""
+    """Running train accuracy of the last epoch, over seeds."""
     alignment: dict[str, Spread] = field(default_factory=dict)
     """Layer to the mean and standard deviation of the cosine over the samples of one run."""
     angles_from: str = ""
-    """That run."""
+    """The name of that run."""
     seeds: int = 0
-    """How many runs the accuracies are taken over."""
+    """The number of runs that the accuracies are taken over."""
     note: str = ""
-    """What is missing: runs that diverged, or that are not finished."""
+    """The number of runs that diverged or are not finished, in words."""
     settings: dict = field(default_factory=dict)
-    """What all these runs have in common: their `config.json`, the seed aside."""
-
-
-def summarise(name: str, folders: Sequence[RunFolder]) -> Row:
-    """Reads the runs of one experiment, one per seed asked for; only finished ones count.
-
-    Raises UserError if they are not this experiment's, or not of the same settings and of the seeds
-    that their folders are named after, or if a file is damaged.
-    """
-    last: dict[str, dict] = {}
-    settings: dict = {}
-    missing = broken = 0
-    for folder in folders:
-        metrics, config = folder.metrics(), folder.config()
-        if config is not None:
-            _check_place(folder.path, name, config["settings"])
-        if config is None or not folder.finished():
-            missing += 1
-        elif diverged(metrics[-1]):
-            broken += 1
-        else:
-            last[folder.path.name] = metrics[-1]
-            settings = _same(settings, config["settings"], folder.path)
-    notes = [f"{broken} diverged"] * bool(broken) + [f"{missing} not finished"] * bool(missing)
-    row = Row(name, seeds=len(last), settings=settings, note=", ".join(notes))
-    if last:
-        row.test = spread([metrics["test_accuracy"] for metrics in last.values()])
-        row.train = spread([metrics["train_accuracy"] for metrics in last.values()])
-        first, shown = next(iter(last.items()))
-        row.alignment = {
-            layer: (cosine["mean"], cosine["std"])
-            for layer, cosine in shown.get("alignment", {}).items()
-            if cosine["mean"] is not None
-        }
-        row.angles_from = f"{name}/{first}" if row.alignment else ""
-    return row
-
-
-def reference_row(row: Row, path: Path, source: str) -> list[Row]:
-    """The same row as a file of reference numbers has it: one row, or none if it does not know it.
-
-    The file maps run names to the settings that the numbers hold for, the epochs that are known,
-    and for each of these the accuracies and the cosines of `layers`.
-    """
-    run = json.loads(path.read_text(encoding="utf-8"))["runs"].get(row.name)
-    if run is None or not run["settings"].items() <= row.settings.items():
-        return []
-    if row.settings["epochs"] not in run["epochs"]:
-        return []
-    i = run["epochs"].index(row.settings["epochs"])
-    spreads = zip(run["layers"], run["mean"][i], run["std"][i])
-    return [
-        Row(
-            f"{row.name}, {source}",
-            test=(run["test"][i], None),
-            train=(run["train"][i], None),
-            alignment={layer: (mean, std) for layer, mean, std in spreads},
-            angles_from=source,
-            seeds=1,
-        )
-    ]
-
-
-def protocols(rows: Sequence[Row]) -> str:
-    """What rows were run with, for a title."""
-    found = {_protocol(row.settings): None for row in rows if row.settings}
-    return "; ".join(found) or "no finished run"
-
-
-def _protocol(settings: dict) -> str:
-    precision = settings.get("precision", "float32")
-    return (
-        f"{settings['dataset']}, {settings['epochs']} epochs, batch {settings['batch_size']}, "
-        f"feedback placement {settings['feedback_placement']}"
-        + (f", {precision}" if precision != "float32" else "")
-    )
-
-
-def _check_place(path: Path, name: str, settings: dict) -> None:
-    """A folder that was renamed would be taken for what it is not."""
-    experiment = settings.get("experiment", {}).get("name", name)
-    seed = "unknown" if settings["seed"] is None else settings["seed"]
-    again = r"(-attempt-\d+)?"  # of a log that holds the run twice
-    if experiment != name or not re.fullmatch(rf"seed-{seed}{again}", path.name):
-        raise UserError(
-            f"{path} holds {experiment} with seed {seed}: move it where it belongs, or away"
-        )
-
-
-def _same(settings: dict, others: dict, path: Path) -> dict:
-    own = {key: value for key, value in others.items() if key != "seed"}
-    differing = differences(settings, own) if settings else ""
-    if differing:
-        raise UserError(
-            f"{path} was run with other settings than the seeds before it ({differing}): they "
-            "cannot stand in one row"
-        )
-    return own
-
-
-def spread(values: Sequence[float]) -> Spread:
-    """The mean and the standard deviation (n - 1) of one value or more."""
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
+    """The settings that the runs share, without the seed; empty for reference numbers."""
 
 
 @dataclass
 class Table:
-    """Rows under one title; `layers` are those whose alignment is shown."""
+    """Rows under one title."""
 
     title: str
     rows: list[Row]
     layers: list[str]
-
-    HEADER = ("experiment", "test accuracy (%)", "train accuracy (%)")
+    """The layers whose alignment is shown."""
 
     def cells(self) -> list[list[str]]:
-        """The header and the rows as text, columns that nothing fills left out."""
-        layers = [f"cos {layer}" for layer in self.layers]
-        table = [[*self.HEADER, *layers, "seeds", "angles from", "note"]]
+        """Returns the header and the rows as text, without columns that are empty in all rows."""
+        cosines = [f"cos {layer}" for layer in self.layers]
+        header = ["experiment", "test accuracy (%)", "train accuracy (%)", *cosines]
+        table = [[*header, "seeds", "angles from", "note"]]
         for row in self.rows:
-            table.append(
-                [
-                    row.name,
-                    _text(row.test, 2),
-                    _text(row.train, 2),
-                    *(_text(row.alignment.get(layer), 3) for layer in self.layers),
-                    str(row.seeds),
-                    row.angles_from,
-                    row.note,
-                ]
-            )
-        kept = [i for i in range(len(table[0])) if any(line[i] for line in table[1:])]
-        return [[line[i] for i in kept] for line in table]
+            accuracies = _text(row.test, 2), _text(row.train, 2)
+            cosines = [_text(row.alignment.get(layer), 3) for layer in self.layers]
+            last = str(row.seeds), row.angles_from, row.note
+            table.append([row.name, *accuracies, *cosines, *last])
+        columns = [column for column in zip(*table) if any(column[1:])]
+        return [list(line) for line in zip(*columns)]
 
     def markdown(self) -> str:
-        """Padded, so that it reads as well in a terminal."""
+        """Returns a Markdown table, padded so that it reads as well in a terminal."""
         cells = self.cells()
         widths = [max(map(len, column)) for column in zip(*cells)]
-        lines = [" | ".join(cell.ljust(w) for cell, w in zip(line, widths)) for line in cells]
-        rule = "|".join("-" * (w + 2) for w in widths)
-        body = "\n".join(f"| {line} |" for line in lines[1:])
-        return f"### {self.title}\n\n| {lines[0]} |\n|{rule}|\n{body}\n"
-
-    def html(self) -> str:
-        """An HTML table."""
-        cells = [[escape(cell) for cell in line] for line in self.cells()]
-        return html_table(cells, escape(self.title))
+        header, *body = [f"| {' | '.join(map(str.ljust, line, widths))} |" for line in cells]
+        rule = "|".join("-" * (width + 2) for width in widths)
+        return "\n".join([f"### {self.title}", "", header, f"|{rule}|", *body, ""])
 
     def latex(self) -> str:
-        """A booktabs table."""
-        header, *rows = [[_escape(cell) for cell in line] for line in self.cells()]
-        lines = [" & ".join(line) + r" \\" for line in rows]
-        return "\n".join(
-            [
-                r"\begin{table}",
-                r"\centering",
-                rf"\caption{{{_escape(self.title)}}}",
-                rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
-                r"\toprule",
-                " & ".join(header) + r" \\",
-                r"\midrule",
-                *lines,
-                r"\bottomrule",
-                r"\end{tabular}",
-                r"\end{table}",
-                "",
-            ]
+        """Returns a LaTeX table for the package booktabs."""
+        header, *body = [[_escape_latex(cell) for cell in line] for line in self.cells()]
+        lines = [" & ".join(line) + r" \\" for line in body]
+        caption, columns = _escape_latex(self.title), "l" + "r" * (len(header) - 1)
+        return LATEX % (caption, columns, " & ".join(header), "\n".join(lines))
+
+
+def summarise(name: str, runs: Sequence[RunResult]) -> Row:
+    """Returns an experiment's row from its runs, one per seed.
+
+    Runs that diverged or are not finished are only counted.
+
+    Raises UserError if a run is of another experiment or seed than its folder's name says, or if
+    the settings differ between runs.
+    """
+    counted = counted_runs(runs)
+    common: dict = {}
+    for run in runs:
+        if run.settings:
+            _check_name(name, run)
+    for run in counted:
+        settings = {key: value for key, value in run.settings.items() if key != "seed"}
+        if differing := differences(common or settings, settings):
+            raise UserError(
+                f"{run.path} was run with other settings than the seeds before it ({differing}): "
+                "they cannot be averaged"
+            )
+        common = settings
+    diverged = sum(run.finished and run.diverged for run in runs)
+    left_out = {"diverged": diverged, "not finished": len(runs) - len(counted) - diverged}
+    note = ", ".join(f"{number} {state}" for state, number in left_out.items() if number)
+    row = Row(name, seeds=len(counted), note=note, settings=common)
+    if counted:
+        last = [run.epochs[-1] for run in counted]
+        row.test = spread([metrics["test_accuracy"] for metrics in last])
+        row.train = spread([metrics["train_accuracy"] for metrics in last])
+        cosines = last[0]["alignment"].items()
+        row.alignment = {x: (c["mean"], c["std"]) for x, c in cosines if c["mean"] is not None}
+        row.angles_from = counted[0].name if row.alignment else ""
+    return row
+
+
+def counted_runs(runs: Iterable[RunResult]) -> list[RunResult]:
+    """Returns the runs whose numbers count: finished, and not diverged."""
+    return [run for run in runs if run.finished and not run.diverged]
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Returns the mean and the standard deviation (n - 1) of one value or more."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def reference_row(row: Row, path: Path, source: str) -> list[Row]:
+    """Returns the row of the same experiment in a file of reference numbers, or no row.
+
+    Args:
+        row: ours; its settings and its last epoch must be known to the file.
+        path: JSON that maps an experiment's name to the settings that its numbers hold for, the
+            epochs, and for each epoch the accuracies and the cosines of `layers`.
+        source: whose numbers these are, for the row's name.
+    """
+    known = json.loads(path.read_text(encoding="utf-8"))["runs"].get(row.name)
+    if not known or not known["settings"].items() <= row.settings.items():
+        return []
+    if row.settings["epochs"] not in known["epochs"]:
+        return []
+    i = known["epochs"].index(row.settings["epochs"])
+    test, train = [(known[split][i], None) for split in ("test", "train")]
+    alignment = dict(zip(known["layers"], zip(known["mean"][i], known["std"][i])))
+    return [Row(f"{row.name}, {source}", test, train, alignment, angles_from=source, seeds=1)]
+
+
+def protocols(rows: Iterable[Row]) -> str:
+    """Returns the data set, epochs, batch size and feedback placement of rows, for a title."""
+    found = []
+    for settings in (row.settings for row in rows if row.settings):
+        precision = settings.get("precision", "float32")
+        found.append(
+            f"{settings['dataset']}, {settings['epochs']} epochs, batch {settings['batch_size']}, "
+            f"feedback placement {settings['feedback_placement']}"
+            + (f", {precision}" if precision != "float32" else "")
         )
-
-
-def html_table(lines: Sequence[Sequence[str]], caption: str) -> str:
-    """A table of cells that are HTML; the first line and the first column are headers."""
-    header, *rows = lines
-    head = "".join(f'<th scope="col">{cell}</th>' for cell in header)
-    body = [
-        f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in rest) + "</tr>"
-        for first, *rest in rows
-    ]
-    return "\n".join(
-        [
-            "<table>",
-            f"<caption>{caption}</caption>",
-            f"<thead><tr>{head}</tr></thead>",
-            "<tbody>",
-            *body,
-            "</tbody>",
-            "</table>",
-        ]
-    )
+    return "; ".join(dict.fromkeys(found)) or "no finished run"
 
 
 def write_tables(folder: Path, tables: Sequence[Table]) -> str:
@@ -233,41 +170,42 @@ def write_tables(folder: Path, tables: Sequence[Table]) -> str:
 
     The CSV holds all rows of all tables, unrounded, with all layers that were measured.
     """
-    markdown = "\n".join(table.markdown() for table in tables)
-    files = {
-        "table.md": markdown,
-        "table.tex": "\n".join(table.latex() for table in tables),
-        "table.csv": _csv(tables),
-    }
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        write_text(folder / name, text)
+    markdown = "\n".join(table.markdown() for table in tables)
+    write_text(folder / "table.md", markdown)
+    write_text(folder / "table.tex", "\n".join(table.latex() for table in tables))
+    rows = [row for table in tables for row in table.rows]
+    layers = list(dict.fromkeys(layer for row in rows for layer in row.alignment))
+    spreads = ["test_accuracy", "train_accuracy", *layers]
+    columns = [f"{name}_{statistic}" for name in spreads for statistic in ("mean", "std")]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["experiment", *columns, "seeds", "angles_from", "note"])
+    for row in rows:
+        values = [row.test, row.train, *map(row.alignment.get, layers)]
+        numbers = [number for value in values for number in value or (None, None)]
+        writer.writerow([row.name, *numbers, row.seeds, row.angles_from, row.note])
+    write_text(folder / "table.csv", text.getvalue())
     return markdown
 
 
-def _csv(tables: Sequence[Table]) -> str:
-    rows = [row for table in tables for row in table.rows]
-    layers = list(dict.fromkeys(layer for row in rows for layer in row.alignment))
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    spreads = ["test_accuracy", "train_accuracy", *layers]
-    columns = [f"{name}_{part}" for name in spreads for part in ("mean", "std")]
-    writer.writerow(["experiment", *columns, "seeds", "angles_from", "note"])
-    for row in rows:
-        values = [row.test, row.train, *(row.alignment.get(layer) for layer in layers)]
-        numbers = [number for spread in values for number in spread or (None, None)]
-        writer.writerow([row.name, *numbers, row.seeds, row.angles_from, row.note])
-    return out.getvalue()
+def _check_name(name: str, run: RunResult) -> None:
+    """Raises UserError if a folder was renamed, so that it would count for another run."""
+    experiment, seed = run.settings["experiment"]["name"], run.settings["seed"]
+    seed = "unknown" if seed is None else seed
+    # A log that holds a run several times gives it a number.
+    if (experiment, f"seed-{seed}") != (name, run.path.name.partition("-attempt-")[0]):
+        raise UserError(
+            f"{run.path} holds {experiment} with seed {seed}: move it where it belongs, or away"
+        )
 
 
-def _text(spread: Spread | None, digits: int) -> str:
-    if spread is None:
-        return ""
-    mean, std = spread
-    return f"{mean:.{digits}f}" + (f" ± {std:.{digits}f}" if std is not None else "")
+def _text(value: Spread | None, digits: int) -> str:
+    numbers = [number for number in value or () if number is not None]
+    return " ± ".join(f"{number:.{digits}f}" for number in numbers)
 
 
-def _escape(text: str) -> str:
+def _escape_latex(text: str) -> str:
     for special in "&%_#":
         text = text.replace(special, "\\" + special)
     return text.replace("±", r"$\pm$")

@@ -1,14 +1,27 @@
-"""The arithmetic of one run: its network, its training step, its evaluation.
+"""One run: its description, its training step, its evaluation, and the loop over its epochs.
 
-Nothing in a step waits for the device. Where the data is kept on it, steps need nothing from the
-host at all, and on CUDA several of them are recorded once and launched as one graph.
+    experiment = Experiment("fc-tanh", Network("fc"), reduction="sum", learning_rate=5e-4)
+    run = Run(experiment=experiment, seed=0, dataset="CIFAR-10", epochs=50, batch_size=128)
+    trainer = Trainer(run, load_dataset(run.dataset, "data"), torch.device("cuda"))
+    folder = RunFolder("results/fc-tanh/seed-0")
+    with folder.lock():
+        train_run(trainer, folder)
+
+An interrupted run is resumed by the same lines.
 """
 
+import io
+import json
+import platform
+import subprocess
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import MISSING, asdict, dataclass, field
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -16,10 +29,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfatools import BottleneckLinear, measure_alignment, prealign
-from mltools.capture import capture
-from mltools.data import DataSet, Loader, TrainingLoader
+from mltools.data import DATASETS, DataSet, Loader, TrainingLoader
+from mltools.errors import UserError, one_line, reading
+from mltools.gpu import capture, process_state
 from mltools.layers import Conv2d, Dropout, Linear
-from mltools.networks import Network
+from mltools.logs import epoch_lines, heading, settings_line
+from mltools.networks import PLACEMENTS, Network
+from mltools.results import Metrics, RunFolder, check_metrics, diverged
 
 PRECISIONS = ("float32", "tf32", "bf16")
 EVALUATION_BATCH = 250  # larger ones take more memory than training does
@@ -27,40 +43,19 @@ ALIGNMENT_SAMPLES = 128  # of the test set, its first ones
 STEPS_PER_LAUNCH = 10  # of a CUDA graph, at most; more take longer to record
 
 
-class _Process:
-    """What a process has one of: its default generators, and a CUDA graph being recorded.
+def option(help: str, default: Any = MISSING, **argument: Any) -> Any:
+    """Returns a dataclass field that is an option of the scripts, see `mltools.sweep`.
 
-    One thread may have it alone, to change it, or several together, to leave it as they find it.
+    Args:
+        help: its line in `--help`.
+        argument: more keyword arguments of `argparse.ArgumentParser.add_argument`.
     """
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._together = 0
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        with self._changed:
-            self._changed.wait_for(lambda: self._together == 0)
-            yield
-
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        with self._changed:
-            self._together += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._together -= 1
-                self._changed.notify_all()
-
-
-_process = _Process()
+    return field(default=default, metadata={"help": help, **argument})
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One row of a table: what is trained, and how."""
+    """A network, and how it is trained."""
 
     name: str
     """Its name in folders, options and tables."""
@@ -77,41 +72,78 @@ class Experiment:
     """Of plain SGD under the mean cross-entropy."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The settings that all runs of a sweep share; each is an option of the scripts."""
+
+    dataset: str = option(f"one of {', '.join(DATASETS)}", choices=DATASETS, metavar="NAME")
+    epochs: int = option("epochs of training", type=int, metavar="N")
+    batch_size: int = option("samples in a training step", type=int, metavar="N")
+    feedback_placement: str = option(
+        "every-layer: a feedback point before every weight layer but the first, which is DFA "
+        "proper; release: the same, less the points that the 2019 release missed",
+        "release",
+        choices=PLACEMENTS,
+        metavar="PLACEMENT",
+    )
+    precision: str = option(
+        "of the training and the evaluation: float32, as in the paper; tf32, faster matrix "
+        "products on CUDA; bf16, mixed precision",
+        "float32",
+        choices=PRECISIONS,
+        metavar="PRECISION",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Settings):
+    """Everything that the results of a run depend on: equal runs give equal results."""
+
+    experiment: Experiment
+    seed: int
+    data_crc32: str | None = None
+    """The checksum of the data set's arrays, see `DataSet`."""
+
+    @property
+    def name(self) -> str:
+        """`<experiment> seed <n>`, as in logs."""
+        return f"{self.experiment.name} seed {self.seed}"
+
+    @property
+    def settings(self) -> dict:
+        """All fields, as they are on disk."""
+        return json.loads(json.dumps(asdict(self)))
+
+
 class Trainer:
-    """One network with its data, its optimizer and its random state, all on one device.
+    """The network of a run with its data, its optimizer and its random state, on one device.
 
         trainer.begin(epoch)
-        batch = 0
-        while batch < len(trainer.batches):
-            batch += trainer.step()
+        while trainer.batches.left:
+            trainer.step()
         loss, accuracy = trainer.training_totals()
 
-    Several trainers may work at once, each in a thread and, on CUDA, on a stream of its own.
-
-    Args:
-        settings: of a run; `seed`, `batch_size`, `feedback_placement` and `precision` are used.
+    Nothing in a step waits for the device.
 
     Raises:
         UserError: the batch size leaves no batch, or the images are too small for the network.
     """
 
-    def __init__(
-        self, experiment: Experiment, data: DataSet, settings: dict, device: torch.device
-    ) -> None:
-        seed, precision = settings["seed"], settings["precision"]
-        self.experiment = experiment
+    def __init__(self, run: Run, data: DataSet, device: torch.device) -> None:
+        experiment = run.experiment
+        self.run = run
         self.device = device
-        self.batches = TrainingLoader(data.train, settings["batch_size"], device, seed)
+        self.batches = TrainingLoader(data.train, run.batch_size, device, run.seed)
         self.test = Loader(data.test, EVALUATION_BATCH, device)
-        self.generator = torch.Generator(device).manual_seed(seed)
-        self._autocast = torch.autocast(device.type, torch.bfloat16, precision == "bf16")
+        self.generator = torch.Generator(device).manual_seed(run.seed)
+        self._autocast = torch.autocast(device.type, torch.bfloat16, run.precision == "bf16")
         self._totals = torch.zeros(2, dtype=torch.float64, device=device)  # loss, correct answers
-        with _process.alone():
-            torch.manual_seed(seed)
+        with process_state.alone():
+            torch.manual_seed(run.seed)
             self.model = experiment.network.build(
                 data.input_shape,
                 data.classes,
-                settings["feedback_placement"],
+                run.feedback_placement,
                 normalization=experiment.normalization,
                 reduction=experiment.reduction,
                 training_method=experiment.training_method,
@@ -126,50 +158,27 @@ class Trainer:
                 module.generator = self.generator
             elif isinstance(module, BottleneckLinear):
                 module.input_generator = self.generator
-            elif isinstance(module, (Linear, Conv2d)) and precision != "bf16":
-                module.learning_rate = experiment.learning_rate
+            elif isinstance(module, (Linear, Conv2d)) and run.precision != "bf16":
+                module.lr = experiment.learning_rate
         self._optimizer = torch.optim.SGD(self.model.parameters(), experiment.learning_rate)
-        self._launch: Callable[[], None] | None = None  # of a CUDA graph
-        self._steps_per_launch = 1
-        self._left = 0  # batches of the epoch
+        self._replay: Callable[[], None] | None = None  # launches a CUDA graph of several steps
 
-    def capture(self) -> None:
-        """Makes several steps one launch of a CUDA graph, with the same results.
-
-        Raises:
-            RuntimeError: the steps cannot be recorded.
-        """
-        if not self.batches.resident:
-            raise RuntimeError("the data is streamed")
-        state = [*self.model.state_dict().values(), *self.batches.state(), self._totals]
-        divisors = (n for n in range(1, STEPS_PER_LAUNCH + 1) if len(self.batches) % n == 0)
-        steps = max(divisors)
+    def begin(self, epoch: int, position: int = 0) -> None:
+        """Makes `step` take the batches of an epoch (from 1 up), from the given position on."""
         self.model.train()
-        with _process.alone():
-            self._launch = capture(partial(self._steps, steps), state, self.generator)
-        self._steps_per_launch = steps
-
-    def begin(self, epoch: int, batch: int = 0) -> None:
-        """Makes `step` take the batches of an epoch (from 1 up), from the given one on."""
-        self.model.train()
-        self.batches.begin(epoch, batch)
-        self._left = len(self.batches) - batch
-        if batch == 0:
+        self.batches.begin(epoch, position)
+        if position == 0:
             self._totals.zero_()
 
-    def step(self) -> int:
-        """Trains on the next batch of the epoch, or the next few, in one launch; says how many."""
-        if self._launch is not None and self._left % self._steps_per_launch == 0:
-            self._launch()
-            taken = self._steps_per_launch
-        else:  # no graph, or the epoch was taken up in between
-            self._steps(1)
-            taken = 1
-        self._left -= taken
-        return taken
+    def step(self) -> None:
+        """Trains on the next batch of the epoch, or on the next few, in one launch of a graph."""
+        if self._replay and self.batches.left % self._recorded == 0:
+            self._order.copy_(self.batches.take_order(self._recorded))
+            self._replay()
+        else:  # no graph, or the epoch was resumed between two launches
+            self._steps(1, *self.batches.take())
 
-    def _steps(self, count: int) -> None:
-        x, y = self.batches.take(count)
+    def _steps(self, count: int, x: Tensor, y: Tensor) -> None:
         batches = zip(x.chunk(count), y.chunk(count))
         outputs, losses = zip(*(self.learn(*batch) for batch in batches))
         self._totals += _totals(torch.cat(outputs), torch.stack(losses).double().mean(), y)
@@ -185,12 +194,12 @@ class Trainer:
         return output.detach(), loss.detach()
 
     def training_totals(self) -> tuple[float, float]:
-        """The mean loss and the running accuracy in percent of the epoch that has ended."""
+        """Returns the mean loss and the running accuracy in percent of the epoch that has ended."""
         return _means(self._totals, len(self.batches) * self.batches.batch_size)
 
     @torch.inference_mode()
     def evaluate(self) -> tuple[float, float]:
-        """The mean loss and the accuracy in percent on the test set, in eval mode."""
+        """Returns the mean loss and the accuracy in percent on the test set, in eval mode."""
         self.model.eval()
         with self._autocast:
             outputs, labels = zip(*((self.model(x), y) for x, y in self.test))
@@ -199,18 +208,21 @@ class Trainer:
         return _means(_totals(output, loss, y), len(y))
 
     def alignment(self) -> dict[str, np.ndarray]:
-        """Layer to the cosines of the first test images, float32 (samples,); none without DFA."""
-        if self.experiment.training_method != "dfa":
+        """Returns for each layer the cosines of the first test images, float32 (samples,).
+
+        Empty for other training methods than DFA.
+        """
+        if self.run.experiment.training_method != "dfa":
             return {}
         x, y = next(iter(self.test))
         x, y = x[:ALIGNMENT_SAMPLES], y[:ALIGNMENT_SAMPLES]
-        with _process.together():
+        with process_state.together():
             cosines = measure_alignment(self.model, x, y, F.cross_entropy)
         rows = torch.stack([*cosines.values()]).float().cpu().numpy()
         return dict(zip(cosines, rows))
 
     def state_dict(self) -> dict:
-        """All that `load_state_dict` needs to go on within an epoch, its number and batch aside."""
+        """Returns all that `load_state_dict` needs to resume, the position in the epoch aside."""
         return {
             "model": self.model.state_dict(),
             "totals": self._totals,
@@ -223,9 +235,193 @@ class Trainer:
         self._totals.copy_(state["totals"])
         self.generator.set_state(state["generator"])
 
+    def capture(self) -> None:
+        """Records the next steps as a CUDA graph, several to a launch, with the same results.
+
+        To be called in `gpu.own_stream`.
+
+        Raises:
+            RuntimeError: the steps cannot be recorded.
+        """
+        if not self.batches.resident:
+            raise RuntimeError("the data is streamed")
+        count = max(n for n in range(1, STEPS_PER_LAUNCH + 1) if len(self.batches) % n == 0)
+        size = count * self.batches.batch_size
+        self._order = torch.zeros(size, dtype=torch.int64, device=self.device)
+        self._recorded = count
+        state = [*self.model.state_dict().values(), self._totals]
+        self.model.train()
+        with process_state.alone():
+            self._replay = capture(
+                lambda: self._steps(count, *self.batches.at(self._order)), state, self.generator
+            )
+
+
+def train_run(
+    trainer: Trainer,
+    folder: RunFolder,
+    report: Callable[[str], object] = lambda line: None,
+    epoch_ended: Callable[[Metrics], object] = lambda metrics: None,
+    stop: threading.Event | None = None,
+) -> None:
+    """Trains a run to its end, or resumes it from its folder's checkpoint.
+
+    Args:
+        folder: its folder, whose lock the caller holds.
+        report: called with the lines of the log, those of epochs aside.
+        epoch_ended: called with the metrics of each epoch, once they are on disk.
+        stop: when it is set, the run ends after the step under way, with a checkpoint.
+
+    Raises UserError if the folder's checkpoint cannot be read, or is not this run's.
+    """
+    run, batches, device = trainer.run, trainer.batches, trainer.device
+
+    def log(line: str) -> None:
+        folder.log(line)
+        report(line)
+
+    def save_checkpoint(position: int, seconds: float) -> None:
+        checkpoint = {
+            "settings": run.settings,
+            "device": device.type,
+            "epochs": epochs,
+            "angles": {layer: torch.from_numpy(rows) for layer, rows in angles.items()},
+            "position": position,
+            "seconds": seconds,
+            **trainer.state_dict(),
+        }
+        folder.write("checkpoint.pt", lambda file: _save(checkpoint, file))
+
+    folder.start(run.settings, environment(device))
+    folder.remove_leftovers()
+    epochs: list[Metrics] = []
+    angles: dict[str, np.ndarray] = {}
+    position, seconds = 0, 0.0
+    path = folder.path / "checkpoint.pt"
+    if not path.exists():
+        log(heading(run.name, run.epochs, run.dataset, str(device)))
+        folder.log(settings_line(run.name, run.settings))
+        save_checkpoint(0, 0.0)  # or a kill in the first epoch would begin the log again
+    else:
+        epochs, angles, position, seconds = _load_checkpoint(path, trainer)
+        folder.write_angles(angles)
+        folder.write_metrics(epochs)
+        batch = f", batch {position}" if position else ""
+        log(f"{run.name}: resuming after epoch {len(epochs)}{batch}")
+    if device.type == "cuda":
+        try:
+            trainer.capture()
+        except RuntimeError as error:
+            log(f"{run.name}: no CUDA graph, each step is a launch ({one_line(error)})")
+
+    while len(epochs) < run.epochs and not (epochs and diverged(epochs[-1])):
+        start = time.perf_counter() - seconds
+        trainer.begin(len(epochs) + 1, position)
+        while batches.left:
+            if stop and stop.is_set():
+                save_checkpoint(batches.position, time.perf_counter() - start)
+                return
+            trainer.step()
+        position, seconds = 0, 0.0
+        metrics, cosines = _epoch_results(trainer, len(epochs) + 1, start)
+        for layer, row in cosines.items():
+            angles[layer] = np.vstack([*angles.get(layer, ()), row])
+        epochs.append(metrics)
+        # The log first: after a kill it may have an epoch twice, but it lacks none.
+        folder.log(*epoch_lines(run.name, metrics, run.epochs))
+        save_checkpoint(0, 0.0)
+        folder.write_angles(angles)
+        folder.write_metrics(epochs)
+        epoch_ended(metrics)
+    if epochs and diverged(epochs[-1]):
+        log(f"{run.name}: diverged in epoch {len(epochs)}, stopped")
+    if device.type == "cuda":
+        megabytes = torch.cuda.max_memory_allocated(device) / 1e6
+        log(f"{run.name}: peak of GPU memory {megabytes:.0f} MB, by all runs of the process so far")
+    folder.write("state.pt", lambda file: _save(dict(trainer.model.state_dict()), file))
+    (folder.path / "checkpoint.pt").unlink(missing_ok=True)
+
+
+def _epoch_results(
+    trainer: Trainer, epoch: int, start: float
+) -> tuple[Metrics, dict[str, np.ndarray]]:
+    """Evaluates the network: the line of `metrics.jsonl`, and each layer's cosines."""
+    train_loss, train_accuracy = trainer.training_totals()
+    test_loss, test_accuracy = trainer.evaluate()
+    cosines = trainer.alignment()
+    metrics = {
+        "epoch": epoch,
+        "train_loss": _rounded(train_loss),
+        "train_accuracy": _rounded(train_accuracy),
+        "test_loss": _rounded(test_loss),
+        "test_accuracy": _rounded(test_accuracy),
+        "alignment": {
+            layer: {"mean": _rounded(row.mean()), "std": _rounded(row.std(ddof=1))}
+            for layer, row in cosines.items()
+        },
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+    return metrics, cosines
+
+
+def _load_checkpoint(
+    path: Path, trainer: Trainer
+) -> tuple[list[Metrics], dict[str, np.ndarray], int, float]:
+    """Loads the trainer's state; returns the epochs, the angles, the position and the seconds."""
+    with reading(path, "move its folder away"):
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # PyTorch compares no checksums
+        if damaged:
+            raise ValueError(f"{damaged} is damaged")
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        except UnpicklingError:  # whose message says how to execute it all the same
+            raise ValueError("it holds more than tensors and plain values") from None
+        if checkpoint["settings"] != trainer.run.settings:
+            raise UserError(
+                f"{path} is another run's: put this run's back, or move its folder away"
+            )
+        if checkpoint["device"] != trainer.device.type:
+            raise UserError(
+                f"{path} was written on {checkpoint['device']}: resume there, with --device"
+            )
+        for metrics in checkpoint["epochs"]:
+            check_metrics(metrics)
+        angles = {layer: rows.numpy() for layer, rows in checkpoint["angles"].items()}
+        position, seconds = int(checkpoint["position"]), float(checkpoint["seconds"])
+        trainer.load_state_dict(checkpoint)
+        return checkpoint["epochs"], angles, position, seconds
+
+
+def _save(content: dict, file: BinaryIO) -> None:
+    whole = io.BytesIO()  # PyTorch would make a RuntimeError of an OSError
+    torch.save(content, whole)
+    file.write(whole.getbuffer())
+
+
+def environment(device: torch.device) -> dict:
+    """Returns the versions, the device and the git commit of a run, for `config.json`."""
+    # Of this package: an installed copy may lie within the checkout of another project.
+    checkout = Path(__file__).resolve().parents[1] / ".git"
+    try:
+        commit = subprocess.run(
+            ["git", f"--git-dir={checkout}", "rev-parse", "HEAD"],
+            capture_output=True, text=True, check=True,
+        ).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        commit = None  # no git, or not a checkout: the run is as good
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "commit": commit,
+    }
+
 
 def _totals(output: Tensor, mean_loss: Tensor, y: Tensor) -> Tensor:
-    """The summed loss and the number of correct answers of a batch."""
+    """Returns the summed loss and the number of correct answers of a batch."""
     correct = (output.argmax(1) == y).sum()
     return torch.stack([mean_loss.double() * len(y), correct.double()])
 
@@ -233,3 +429,8 @@ def _totals(output: Tensor, mean_loss: Tensor, y: Tensor) -> Tensor:
 def _means(totals: Tensor, samples: int) -> tuple[float, float]:
     loss, correct = totals.tolist()
     return loss / samples, 100 * correct / samples
+
+
+def _rounded(value: float) -> float | None:
+    """A number of `metrics.jsonl`, as precise as in the log; JSON has no NaN."""
+    return round(float(value), 4) if np.isfinite(value) else None

@@ -1,7 +1,7 @@
 """Kills a process at a chosen point of its writing, for the tests of faults.
 
-`make test` has one fault of each kind. `make soak` sets `DFA_SOAK`: the tests have that many times
-25 kills, 3 kills of torchrun's processes, and 60 damaged copies of each file.
+`make test` has a few faults of each kind. `make soak` sets `DFA_SOAK`: tests have that many times
+25 kills of a process, 3 kills of one of two that share a sweep, and 60 damaged copies of each file.
 """
 
 import builtins
@@ -14,11 +14,10 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from matplotlib.figure import Figure
+from torch.utils.data import TensorDataset
 
-from mltools import sweep
-from mltools.data import DataSet, load
+from mltools.data import DataSet, Split, load_dataset
 from mltools.errors import exit_code
 
 Point = tuple[str, int]
@@ -40,7 +39,7 @@ def run(script: str, arguments: list[str], results: Path, point: Point | None, n
     points: Counter[str] = Counter()
     real_open = builtins.open
 
-    def put_down(content: object) -> None:
+    def save_note(content: object) -> None:
         with real_open(note, "w") as file:
             json.dump(content, file)
 
@@ -48,7 +47,7 @@ def run(script: str, arguments: list[str], results: Path, point: Point | None, n
         points[kind] += 1
         there = (kind, points[kind]) == point
         if there:
-            put_down(point)
+            save_note(point)
         return there
 
     def die() -> None:
@@ -103,17 +102,22 @@ def run(script: str, arguments: list[str], results: Path, point: Point | None, n
     builtins.open = open_torn
     for name in ("fsync", "replace", "unlink"):
         setattr(os, name, before(getattr(os, name), name))
-    sweep.load = few_images
-    # How long drawing takes is no matter here; that the file is written is.
-    Figure.savefig = lambda figure, file, **options: file.write(b"drawn")
+    module = importlib.import_module(script)
+    module.load_dataset = few_images
+    Figure.savefig = lambda figure, file, **options: file.write(b"drawn")  # drawing takes long
     sys.argv = [script, *arguments]
     sys.stdout = real_open(os.devnull, "w")
-    code = exit_code(importlib.import_module(script).main)
-    put_down(points)
+    code = exit_code(module.main)
+    save_note(points)
     sys.exit(code)
 
 
 def few_images(name: str, data_dir: Path) -> DataSet:
-    data = load(name, data_dir)
-    train, test = data.train.subset(torch.arange(200)), data.test.subset(torch.arange(100))
-    return replace(data, train=train, test=test)
+    """Loads 200 training images and 100 test images of a data set."""
+
+    def first(split: Split, count: int) -> Split:
+        tensors = (tensor[:count] for tensor in split.dataset.tensors)
+        return Split(TensorDataset(*tensors), split.mean, split.std)
+
+    data = load_dataset(name, data_dir)
+    return replace(data, train=first(data.train, 200), test=first(data.test, 100))

@@ -1,29 +1,28 @@
-"""best_practices.py: the paper's rows, the files it leaves, and one line for what is wrong."""
+"""best_practices.py: the paper's experiments, its files, and one line for each error."""
 
 import json
 import os
 import urllib.error
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from made import made_run
 
 import best_practices
 import bottleneck
-from mltools.data import DataSet, import_torchvision, load
-from mltools.sweep import Options, folder_of, runs_of, settings_of
-from mltools.training import Trainer
+from mltools.data import import_torchvision, load_dataset
+from mltools.training import Run, Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(best_practices.__file__).parent
-ROWS = {experiment.name: experiment for experiment in best_practices.EXPERIMENTS}
+EXPERIMENTS = {experiment.name: experiment for experiment in best_practices.EXPERIMENTS}
 DIGITS = ("--dataset", "Digits", "--device", "cpu")
 
 
-def test_the_rows_are_the_papers():
+def test_the_experiments_are_the_papers():
     fc, cnn = {"architecture": "fc"}, {"architecture": "cnn"}
     leaky = {**fc, "activation": "leaky-relu"}
     expected = {
@@ -45,31 +44,30 @@ def test_the_rows_are_the_papers():
         "cnn-bp": cnn,
     }
     plain = {"activation": "tanh", "batchnorm": False, "bottleneck": None}
-    plain |= {"dropout_input": 0, "dropout_fc": 0, "dropout_conv": 0, "negative_slope": None}
-    assert list(ROWS) == list(expected)
-    for name, row in ROWS.items():
+    plain |= {"dropout_input": 0, "dropout_fc": 0, "negative_slope": None}
+    assert list(EXPERIMENTS) == list(expected)
+    for name, experiment in EXPERIMENTS.items():
         network = {**plain, **expected[name], "hidden": (800, 800, 800)}
-        assert vars(row.network) == network, name
-        assert row.normalization == ("no-normalization" not in name)
-        assert not row.prealigned
+        assert vars(experiment.network) == network, name
+        assert experiment.normalization == ("no-normalization" not in name)
+        assert not experiment.prealigned
+        method, lr = experiment.training_method, experiment.learning_rate
         if name.endswith("-bp"):
-            rates = {"fc-bp": 0.01, "cnn-bp": 0.05}
-            assert (row.training_method, row.learning_rate) == ("bp", rates[name])
+            assert (method, lr) == ("bp", {"fc-bp": 0.01, "cnn-bp": 0.05}[name])
         else:
-            protocol = (row.training_method, row.reduction, row.learning_rate)
-            assert protocol == ("dfa", "sum", 5e-4)
+            assert (method, experiment.reduction, lr) == ("dfa", "sum", 5e-4)
 
 
 def test_the_tables_show_every_activation():
     for _, architecture, layers in best_practices.ARCHITECTURES:
-        model = ROWS[f"{architecture}-tanh"].network.build((3, 32, 32), 10)
+        model = EXPERIMENTS[f"{architecture}-tanh"].network.build((3, 32, 32), 10)
         assert layers == [name for name, _ in model.named_children() if name.startswith("act")]
 
 
-def test_the_defaults_are_the_papers():
-    options = Options("CIFAR-10", Path("data"), Path("results"))
-    assert (best_practices.DATASET, options.epochs, options.batch_size) == ("CIFAR-10", 50, 128)
-    assert options.seeds == tuple(range(10)) and options.feedback_placement == "release"
+def test_the_defaults_are_the_papers(start):
+    _, out, _ = start(best_practices.main, "--help")
+    for default in ("CIFAR-10", "50", "128", "0 1 2 3 4 5 6 7 8 9", "release", "float32"):
+        assert f"(default: {default})" in " ".join(out.split())
 
 
 def test_a_run_leaves_its_files_and_is_not_run_again(start, tmp_path):
@@ -105,9 +103,9 @@ def test_a_run_leaves_its_files_and_is_not_run_again(start, tmp_path):
         assert {file: file.stat().st_mtime_ns for file in results.glob("*/*/*")} == before
 
 
-def test_list_prints_the_rows_and_runs_nothing(start, tmp_path):
+def test_list_prints_the_experiments_and_runs_nothing(start, tmp_path):
     code, out, _ = start(best_practices.main, "--list", "--results-dir", tmp_path / "results")
-    assert code == 0 and out.split() == list(ROWS) and list(tmp_path.iterdir()) == []
+    assert code == 0 and out.split() == list(EXPERIMENTS) and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -115,7 +113,7 @@ def test_list_prints_the_rows_and_runs_nothing(start, tmp_path):
     [
         (["--dataset", "CIFAR10"], "CIFAR-10"),
         (["--experiments", "fc-tnah"], "no experiment is called 'fc-tnah'"),
-        (["--device", "tpu"], "--device must be cpu, cuda or cuda:N"),
+        (["--device", "tpu"], "--device must be auto, cpu, cuda or cuda:N"),
         (["--device", "cuda:99"], "--device cuda:99 is not there"),
         (["--feedback-placement", "nowhere"], "every-layer"),
         (["--epochs", "0"], "--epochs must be at least 1"),
@@ -134,7 +132,7 @@ def test_wrong_options_are_one_line_and_leave_nothing(start, tmp_path, arguments
     code, out, err = start(best_practices.main, *command)
     assert code == 2 and out == "" and err.count("\n") == 1
     assert err.startswith("error: ") and message in err
-    assert not list(tmp_path.glob("results/*"))
+    assert not list(tmp_path.glob("results/*/*/seed-0"))
 
 
 def test_wrong_data_and_folders_are_one_line(start, tmp_path, monkeypatch):
@@ -165,14 +163,14 @@ def test_missing_data_without_a_network_is_one_line(start, tmp_path, monkeypatch
     code, out, err = start(best_practices.main, "--device", "cpu", *folders)
     assert code == 2 and out == "" and err.count("\n") == 1
     assert "cannot fetch CIFAR-10" in err and "cifar10.npz" in err
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in tmp_path.rglob("[!.]*") if path.is_file()]
 
 
 def test_tables_only_without_a_finished_run_says_so(start, tmp_path):
     (tmp_path / "best_practices").mkdir()
     code, out, _ = start(best_practices.main, "--tables-only", "--results-dir", tmp_path)
     assert code == 0 and out.count("no finished run") == 2
-    assert out.count("10 not finished") == len(ROWS)
+    assert out.count("10 not finished") == len(EXPERIMENTS)
 
 
 @pytest.mark.parametrize("script", [best_practices, bottleneck])
@@ -184,7 +182,7 @@ def test_tables_only_of_a_folder_that_is_not_there_is_refused(start, tmp_path, s
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "shown"),
+    ("name", "settings", "shown"),
     [
         ("fc-tanh", {"epochs": 3}, "38.80"),
         ("cnn-tanh", {"epochs": 5}, "37.30"),
@@ -195,18 +193,10 @@ def test_tables_only_of_a_folder_that_is_not_there_is_refused(start, tmp_path, s
         ("cnn-tanh", {"epochs": 5, "feedback_placement": "every-layer"}, None),
     ],
 )
-def test_the_release_stands_beside_runs_of_its_protocol_only(tmp_path, name, options, shown):
-    options = Options(**{"dataset": "CIFAR-10", "data_dir": tmp_path, **options},
-                      results_dir=tmp_path, seeds=(0,))  # fmt: skip
-    folder = folder_of("best_practices", name, 0, options)
-    data = DataSet(options.dataset, 10, (3, 32, 32), None, None)
-    folder.start(settings_of(ROWS[name], 0, data, options), {})
-    accuracies = {"train_accuracy": 12.25, "test_accuracy": 12.5}
-    folder.write_metrics(
-        [{"epoch": options.epochs, "train_loss": 1.0, "test_loss": 1.0, **accuracies}]
-    )
-    runs = runs_of(best_practices.SCRIPT, [ROWS[name]], options)
-    (table,) = best_practices.tables([ROWS[name]], runs)
+def test_the_release_stands_beside_runs_of_its_protocol_only(name, settings, shown):
+    common = {"dataset": "CIFAR-10", "batch_size": 128, "feedback_placement": "release"}
+    run = made_run(name, test=[12.5] * settings["epochs"], **{**common, **settings})
+    (table,) = best_practices.make_tables([EXPERIMENTS[name]], {name: [run]})
     text = table.markdown()
     assert "12.50" in text
     if shown:
@@ -234,22 +224,20 @@ def test_the_reference_numbers_are_whole():
             assert all(0 < accuracy < 100 for accuracy in run["train"] + run["test"])
             for row in run["mean"] + run["std"]:
                 assert len(row) == len(run["layers"]) and all(0 <= c <= 1 for c in row)
-    assert set(json.loads((ROOT / "reference/release.json").read_text())["runs"]) <= set(ROWS)
+    assert set(json.loads((ROOT / "reference/release.json").read_text())["runs"]) <= set(
+        EXPERIMENTS
+    )
 
 
 def test_the_papers_network_learns_cifar10():
     folder = os.environ.get("DFA_TEST_DATA_DIR")
     if not folder or not (Path(folder) / "cifar10.npz").exists():
         pytest.skip("DFA_TEST_DATA_DIR names no folder with cifar10.npz")
-    data = load("CIFAR-10", folder)
-    few = replace(
-        data,
-        train=data.train.subset(torch.arange(128 * 60)),
-        test=data.test.subset(torch.arange(2000)),
+    data = load_dataset("CIFAR-10", folder)
+    run = Run(
+        experiment=EXPERIMENTS["fc-tanh"], seed=0, dataset="CIFAR-10", epochs=1, batch_size=128
     )
-    settings = {"seed": 0, "batch_size": 128, "feedback_placement": "release"}
-    settings["precision"] = "float32"
-    trainer = Trainer(ROWS["fc-tanh"], few, settings, torch.device("cpu"))
+    trainer = Trainer(run, data, torch.device("cpu"))
     untrained, _ = trainer.evaluate()
     trainer.begin(1)
     for _ in range(60):

@@ -4,17 +4,17 @@ import os
 import subprocess
 
 import pytest
-import torch
 from faults import SOAK
+from tiny import checkpoint_of, outcome
 
 import best_practices
-from mltools.results import RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread", "quick_figures")
 COMMAND = (
     "--dataset Digits --device cpu --experiments fc-dropout-0.1-0.5 --seeds 0 --epochs 3 "
     "--batch-size 500 --quiet --results-dir"
 ).split()
+RUN = "results/best_practices/fc-dropout-0.1-0.5/seed-0"
 ROOM_FOR_ONE = 12  # MB: a second checkpoint does not fit beside the first
 
 
@@ -33,19 +33,10 @@ def small_disk(tmp_path, request):
     subprocess.run(["umount", disk], check=True)
 
 
-def outcome(results):
-    folder = RunFolder(results / "best_practices/fc-dropout-0.1-0.5/seed-0")
-    metrics = [{k: v for k, v in epoch.items() if k != "seconds"} for epoch in folder.metrics()]
-    weights = torch.load(folder.path / "state.pt", weights_only=True)
-    return metrics, {name: tensor.tolist() for name, tensor in weights.items()}
-
-
 @pytest.mark.parametrize("small_disk", [ROOM_FOR_ONE], indirect=True)
 def test_a_full_disk_leaves_the_checkpoint_before(start, small_disk):
     start(best_practices.main, *COMMAND, small_disk / "results")
-    (path,) = (small_disk / "results").glob("*/*/seed-0")
-    assert RunFolder(path).metrics()[0]["epoch"] == 1
-    assert torch.load(path / "checkpoint.pt", weights_only=True)["epoch"] == 0
+    assert checkpoint_of(small_disk / RUN)["epochs"] == []
 
 
 @pytest.mark.parametrize(
@@ -56,6 +47,6 @@ def test_a_full_disk_ends_a_run_that_goes_on_once_there_is_room(start, small_dis
     assert code == 1 and err.count("\n") == 1
     assert err.startswith("error: ") and "No space left on device" in err
     subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
-    for results in (small_disk / "results", tmp_path / "whole"):
-        assert start(best_practices.main, *COMMAND, results)[0] == 0
-    assert outcome(small_disk / "results") == outcome(tmp_path / "whole")
+    for folder in (small_disk, tmp_path):
+        assert start(best_practices.main, *COMMAND, folder / "results")[0] == 0
+    assert outcome(small_disk / RUN) == outcome(tmp_path / RUN)

@@ -13,10 +13,9 @@ from collections import Counter
 
 import faults
 import pytest
-import torch
+import tiny
 
-from mltools import logs
-from mltools.results import RunFolder
+from mltools.logs import parse_log
 
 EPOCHS = 3
 SCENARIOS = {
@@ -51,25 +50,19 @@ def start(processes, scenario, results, point, note):
 
 
 def outcome(results):
-    """All that a sweep leaves but times, in comparable form."""
+    """All that a sweep leaves but times."""
     (path,) = results.glob("*/*/seed-3")
-    folder = RunFolder(path)
-    metrics = [{k: v for k, v in epoch.items() if k != "seconds"} for epoch in folder.metrics()]
-    angles = {layer: cosines.tolist() for layer, cosines in folder.angles().items()}
-    state = torch.load(path / "state.pt", weights_only=True)
-    weights = {name: tensor.tolist() for name, tensor in state.items()}
     tables = {file.name: file.read_text() for file in sorted(results.glob("*/table.*"))}
-    files = sorted(file.name for file in path.iterdir())
-    (logged,), _ = logs.parse((path / "log.txt").read_bytes())
-    assert logged.epochs == {epoch["epoch"]: epoch for epoch in folder.metrics()}
-    return metrics, angles, weights, tables, files
+    (logged,), _ = parse_log((path / "log.txt").read_bytes())
+    assert logged.epochs == tiny.metrics_of(path)
+    return *tiny.outcome(path), tables
 
 
 def finished_epochs(results):
-    """How far the checkpoint is, or the run if it has come to its end."""
+    """The epochs of the checkpoint, or of the run if it is finished."""
     for path in results.glob("*/*/seed-3"):
         if (path / "checkpoint.pt").exists():
-            return torch.load(path / "checkpoint.pt", weights_only=True)["epoch"]
+            return len(tiny.checkpoint_of(path)["epochs"])
         if (path / "state.pt").exists():
             return EPOCHS
     return 0
@@ -96,7 +89,7 @@ def test_killed_at_any_instant_it_ends_as_if_nothing_had_been(processes, scenari
         while code != 0:
             killing = kills.total() < quota
             by_clock = killing and dice.random() < 0.3
-            kind = dice.choice(list(points))
+            kind = dice.choice(sorted(KINDS))
             point = (kind, dice.randint(1, points[kind])) if killing and not by_clock else None
             process = start(processes, scenario, results, point, note)
             if by_clock:

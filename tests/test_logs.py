@@ -1,28 +1,14 @@
-"""Results out of logs: all that is intact, and a word on what is not."""
+"""Logs: each intact epoch is parsed, and each lost one is reported."""
 
 import json
 import os
-import random
-import re
-import subprocess
-import sys
-import threading
-import zlib
-from dataclasses import asdict
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
-import torch
 
 import log_retrieval
-from dfatools import DFA, DFALayer
-from mltools.data import load
-from mltools.logs import epoch_lines, parse, sealed
-from mltools.networks import Network
+from mltools.logs import epoch_lines, heading, parse_log, settings_line
 from mltools.results import RunFolder
-from mltools.runs import train
-from mltools.training import Experiment
 
 STAMP = "2026-11-23 16:56:17"
 
@@ -30,42 +16,49 @@ STAMP = "2026-11-23 16:56:17"
 def metrics(epoch, shift=0.0):
     return {
         "epoch": epoch,
-        "train_loss": round(2.0 - epoch / 10 + shift, 4),
-        "train_accuracy": round(30.1234 + epoch + shift, 4),
-        "test_loss": round(2.1 - epoch / 10 + shift, 4),
-        "test_accuracy": round(29.5 + epoch + shift, 4),
+        "train_loss": round(2.0 - epoch / 10 + shift, 4), "train_accuracy": 30.125 + epoch,
+        "test_loss": round(2.1 - epoch / 10 + shift, 4), "test_accuracy": 29.5 + epoch,
         "alignment": {
-            layer: {"mean": round(0.08 * epoch - 0.05 * i, 4), "std": 0.0123}
-            for i, layer in enumerate(("lin1", "act1"))
+            "lin1": {"mean": round(0.08 * epoch, 4), "std": 0.0123},
+            "act1": {"mean": round(0.08 * epoch - 0.05, 4), "std": 0.0456},
         },
         "seconds": 1.5,
-    }
+    }  # fmt: skip
 
 
-def settings_of(name="fc-tanh", seed=0, epochs=5):
-    more = {"dataset": "CIFAR-10", "batch_size": 128, "feedback_placement": "release"}
-    return {"experiment": {"name": name}, "seed": seed, "epochs": epochs, **more}
+WHOLE = [metrics(epoch) for epoch in range(1, 6)]
 
 
-def logged(lines, settings):
-    run = zlib.crc32(json.dumps(settings).encode())
-    return "".join(f"{STAMP}  {sealed(line, run)}\n" for line in lines).encode()
+def settings_of(experiment="fc-tanh", seed=0, epochs=5, batch_size=128, dataset="CIFAR-10"):
+    return {
+        "experiment": {"name": experiment}, "seed": seed, "dataset": dataset, "epochs": epochs,
+        "batch_size": batch_size, "feedback_placement": "release" if batch_size else None,
+    }  # fmt: skip
 
 
-def own_log(name="fc-tanh", seed=0, epochs=5, shift=0.0):
-    settings = settings_of(name, seed, epochs)
-    lines = [f"{name} seed {seed}: {epochs} epochs of CIFAR-10 on cpu"]
-    lines.append(f"settings {json.dumps(settings)}")
-    for epoch in range(1, epochs + 1):
-        lines += epoch_lines(metrics(epoch, shift), epochs)
-    return logged(lines, settings)
+def own_log(experiment="fc-tanh", seed=0, epochs=5, shift=0.0):
+    """A whole log of ours, written without the code that is tested."""
+    lines = [
+        f"{epochs} epochs of CIFAR-10 on cpu",
+        f"settings {json.dumps(settings_of(experiment, seed, epochs))}",
+    ]
+    for m in (metrics(epoch, shift) for epoch in range(1, epochs + 1)):
+        lines += [
+            f"alignment {layer}, epoch {m['epoch']}: mean {c['mean']:.4f} std {c['std']:.4f}"
+            for layer, c in m["alignment"].items()
+        ]
+        train = f"train loss {m['train_loss']:.4f} accuracy {m['train_accuracy']:.4f}%"
+        test = f"test loss {m['test_loss']:.4f} accuracy {m['test_accuracy']:.4f}%"
+        lines.append(f"epoch {m['epoch']}/{epochs}: {train}, {test}, 1.500 s")
+    return "".join(f"{STAMP}  {experiment} seed {seed}: {line}\n" for line in lines).encode()
 
 
 FC = ("0_Linear(in=3072)", "1_Tanh()", "2_Bottleneck(in=800)", "3_Tanh()", "4_Linear(out=10)")
+FC_NAMES = ["lin1", "act1", "lin2", "act2", "lin3"]
 
 
 def release_log(rate="0.8525", init="STD", epochs=4, layers=FC, seed=0):
-    """In the 2019 release's form, colours, progress and all."""
+    """A log in the 2019 release's form, with its colours and its progress."""
     lines = [
         "\x1b[33m\x1b[1mEstablishing Baselines\x1b[0m\x1b[33m",
         f"Seeding with \x1b[1m{seed}\x1b[0m.",
@@ -81,170 +74,227 @@ def release_log(rate="0.8525", init="STD", epochs=4, layers=FC, seed=0):
             f"   Training loss: 0.01{epoch}5 (top-1:3{epoch}.5%) -- "
             f"Validation loss: 0.01{epoch}0 (top-1:2{epoch}.5%)."
         )
-    lines.append(
-        f"Final with a bottlenecking rate {rate} initialized by {init} for {epochs} epochs"
-    )
     return "".join(f"{STAMP} -- {line}\n" for line in lines).encode()
 
 
-def test_our_log_comes_back_exactly():
-    (run,), skipped = parse(own_log())
-    assert run.name == "fc-tanh/seed-0" and skipped == []
-    assert list(run.epochs.values()) == [metrics(epoch) for epoch in range(1, 6)]
-    assert run.settings == settings_of()
+def names_of(runs):
+    return [run.name for run in runs]
 
 
-def test_a_diverged_epoch_comes_back_as_null():
-    broken = {**metrics(1), "train_loss": None, "alignment": {"act1": {"mean": None, "std": None}}}
-    head = b"".join(own_log().splitlines(keepends=True)[:2])
-    data = head + logged(epoch_lines(broken, 5), settings_of())
-    (run,), _ = parse(data)
-    assert run.epochs == {1: broken}
+def epochs_of(run):
+    return [epoch["epoch"] for epoch in run.epochs]
 
 
-def test_the_releases_log_comes_back_under_our_names():
-    (run,), skipped = parse(release_log())
-    assert run.name == "std-118/seed-0" and skipped == []
-    assert run.settings["dataset"] == "CIFAR-10" and run.settings["batch_size"] == 128
-    assert list(run.epochs) == [1, 2, 3, 4]
-    third = run.epochs[3]
-    assert third["train_loss"] == pytest.approx(0.0135 * 128, abs=1e-4)
-    assert third["test_loss"] == pytest.approx(0.013 * 128, abs=1e-4)
-    assert (third["train_accuracy"], third["test_accuracy"]) == (33.5, 23.5)
-    assert list(third["alignment"]) == ["lin1", "act1", "lin2", "act2", "lin3"]
-    assert third["alignment"]["act2"] == {"mean": 0.3003, "std": 0.0031}
-    assert [run.epochs[epoch]["seconds"] for epoch in run.epochs] == [1.25, 2.25, 3.25, None]
+def test_the_lines_of_a_log():
+    run = "fc-tanh seed 0"
+    lines = [heading(run, 5, "CIFAR-10", "cpu"), settings_line(run, settings_of())]
+    lines += [line for epoch in WHOLE for line in epoch_lines(run, epoch, 5)]
+    assert lines == [line[21:] for line in own_log().decode().splitlines()]
 
 
-POOLED = ["Conv2d", "Tanh", "MaxPool2d"]
-NORMALISED = ["Conv2d", "Tanh", "BatchNorm2d", "MaxPool2d"]
+def test_a_log_is_parsed_exactly():
+    (run,), skipped = parse_log(own_log())
+    assert run.path == Path("fc-tanh/seed-0") and run.epochs == WHOLE and skipped == []
+    assert run.settings == settings_of() and run.environment == {"retrieved": True}
 
 
-@pytest.mark.parametrize("modules, network", [
-    ([*3 * POOLED, "Flatten", "Linear", "Tanh", "Linear"], {}),
-    ([*3 * NORMALISED, "Flatten", "Linear", "Tanh", "BatchNorm1d", "Linear"], {"batchnorm": True}),
-], ids=["plain", "batchnorm"])  # fmt: skip
-def test_the_names_of_the_releases_cnn_are_put_right(modules, network):
-    shifted = [*modules[1:], modules[-1]]
-    layers = [f"{position}_{module}()" for position, module in enumerate(shifted)]
-    (run,), _ = parse(release_log(layers=layers, epochs=1))
-    ours = Network("cnn", **network).build((3, 32, 32), 10).named_children()
-    names = [name for name, module in ours if not isinstance(module, (DFA, DFALayer))]
-    assert list(run.epochs[1]["alignment"]) == names
-    assert run.epochs[1]["alignment"][names[9]]["mean"] == 0.1009
+def test_a_diverged_epoch_has_nan_in_its_lines():
+    cosine = {"mean": None, "std": None}
+    epoch = {**metrics(1), "test_loss": None, "seconds": None, "alignment": {"act1": cosine}}
+    lines = epoch_lines("fc seed 0", epoch, 5)
+    assert [line.count("nan") for line in lines] == [2, 2]
+    assert parse_log("\n".join(lines).encode())[0][0].epochs == [epoch]
 
 
-def test_the_names_of_the_releases_cnn_with_dropout_are_right_as_they_stand():
-    """In the order of the release's own log, whose convolutions have a dropout of probability 0."""
-    block = ["Conv2d(3, 32)", "Dropout2d(p=0, inplace=False)", "Tanh()", "MaxPool2d(padding=0)"]
-    hidden = ["Flatten()", "Linear(in=576)", "Dropout(p=0.5)", "Tanh()", "Linear(in=128)"]
-    layers = [f"{position}_{module}" for position, module in enumerate([*3 * block, *hidden])]
-    (run,), skipped = parse(release_log(layers=layers, epochs=1))
-    names = [f"{name}{i}" for i in (1, 2, 3) for name in ("conv", "drop", "act", "maxp")]
-    alignment = run.epochs[1]["alignment"]
-    assert list(alignment) == [*names, "flat", "lin1", "drop4", "act4", "lin2"] and not skipped
-    assert (alignment["act3"]["mean"], alignment["lin1"]["mean"]) == (0.1010, 0.1013)
-
-
-@pytest.mark.parametrize("log", [own_log, release_log])
-def test_line_ends_and_progress_do_no_harm(log):
-    (expected,), _ = parse(log())
-    noisy = log().replace(b"\n", b"\r\n")
-    noisy = noisy.replace(b"\r\n", b"\r\n 40%|####      | 2/5 [00:01<00:02]\r", 6)
-    (run,), skipped = parse(noisy)
-    assert run.epochs == expected.epochs and skipped == []
-
-
-def test_corrupt_bytes_cost_their_line_only_and_are_told():
-    data = own_log()
-    data = data.replace(b"act1, epoch 2: mean 0.1100", b"act1, epoch 2: mean 0.1\xff00")
-    data = data.replace(b"epoch 4/5: train", b"epoch 4/5: tr\xc3in")
-    number = 1 + data[: data.index(b"\xff")].count(b"\n")
-    (run,), skipped = parse(data)
-    assert sorted(run.epochs) == [1, 2, 3, 5]
-    assert list(run.epochs[2]["alignment"]) == ["lin1"]
-    assert run.epochs[3] == metrics(3) and run.epochs[5] == metrics(5)
-    assert number in [skip.line for skip in skipped]
-    reasons = ["epoch 4 is missing", "epoch 2 lacks the alignment of act1"]
-    assert [skip.reason for skip in skipped[2:]] == [f"fc-tanh/seed-0: {x}" for x in reasons]
-
-
-def test_every_run_in_a_file_is_found():
-    data = own_log() + own_log("cnn-tanh", 3, shift=1.0) + release_log() + release_log("0.99875")
-    runs, skipped = parse(data)
-    names = ["fc-tanh/seed-0", "cnn-tanh/seed-3", "std-118/seed-0", "std-1/seed-0"]
-    assert [run.name for run in runs] == names and skipped == []
-    assert runs[1].epochs[5] == metrics(5, shift=1.0)
-
-
-def test_a_run_that_was_killed_and_gone_on_with_is_one_run():
+def test_a_run_that_was_killed_and_resumed_is_one_run():
     lines = own_log().splitlines(keepends=True)
-    going_on = logged(["fc-tanh seed 0: going on after epoch 2"], settings_of())
-    (run,), skipped = parse(b"".join([*lines[: 2 + 3 * 3], going_on, *lines[2 + 2 * 3 :]]))
-    assert list(run.epochs.values()) == [metrics(epoch) for epoch in range(1, 6)]
-    assert skipped == []
+    resuming = f"{STAMP}  fc-tanh seed 0: resuming after epoch 2\n".encode()
+    (run,), skipped = parse_log(b"".join([*lines[: 2 + 3 * 3], resuming, *lines[2 + 2 * 3 :]]))
+    assert run.epochs == WHOLE and skipped == []
 
 
-def test_a_restart_of_the_release_is_a_run_of_its_own():
-    first = release_log(epochs=4)
-    cut = first[: first.index(b"EPOCH 3/4")]
-    runs, _ = parse(cut + b"\n" + first)
-    assert [run.name for run in runs] == ["std-118/seed-0", "std-118/seed-0-attempt-2"]
-    assert [len(run.epochs) for run in runs] == [2, 4]
+def test_a_line_that_was_torn_by_a_kill_costs_only_itself():
+    data = own_log()
+    torn = data[: data.index(b"epoch 3/5") + 30]
+    (first, second), skipped = parse_log(torn + own_log("other"))
+    assert epochs_of(first) == [1, 2] and [skip.line for skip in skipped] == [11]
+    assert second.name == "other/seed-0" and len(second.epochs) == 5
 
 
-@pytest.mark.parametrize(
-    ("log", "end"), [(own_log, rb"epoch \d+/\d+: .*\n"), (release_log, rb"Training loss: .*\n")]
-)
-def test_a_log_cut_anywhere_keeps_every_epoch_before_the_cut(log, end):
-    data = log(epochs=12) if log is own_log else log(epochs=9)
-    whole = parse(data)[0][0].epochs
-    ends = [match.end() for match in re.finditer(end, data)]
-    assert len(ends) == len(whole)
-    dice = random.Random(0)
-    for cut in (dice.randrange(len(data)) for _ in range(200)):
-        runs, _ = parse(data[:cut])
-        complete = sum(position <= cut for position in ends)
-        found = runs[0].epochs if runs else {}
-        assert len(found) >= complete
-        for epoch in range(1, complete + 1):
-            assert found[epoch] | {"seconds": 0} == whole[epoch] | {"seconds": 0}
+def test_a_heading_begins_another_attempt():
+    runs, skipped = parse_log(own_log() + own_log(epochs=3, shift=1.0) + own_log(seed=1))
+    assert names_of(runs) == ["fc-tanh/seed-0", "fc-tanh/seed-0-attempt-2", "fc-tanh/seed-1"]
+    assert [run.settings["epochs"] for run in runs] == [5, 3, 5] and skipped == []
+    assert runs[1].epochs == [metrics(epoch, 1.0) for epoch in range(1, 4)]
+
+
+def test_a_run_that_began_again_with_the_same_settings_is_one_run():
+    killed = own_log(epochs=5, shift=1.0).splitlines(keepends=True)[: 2 + 3 * 4 + 1]
+    again = own_log().replace(b"act1, epoch 5: mean", b"act1, epoch 5: m\xffan")
+    for data, number in ((b"".join(killed) + again, 5), (again + b"".join(killed), 4)):
+        (run,), skipped = parse_log(data)
+        assert epochs_of(run) == [1, 2, 3, 4, 5] and len(skipped) == 2
+        newer = WHOLE if number == 5 else [metrics(epoch, 1.0) for epoch in range(1, 6)]
+        assert run.epochs[:4] == newer[:4] and list(run.epochs[4]["alignment"]) == ["lin1"]
+
+
+def test_the_captured_output_of_several_runs_has_their_lines_mixed_without_times():
+    logs = (own_log(seed=seed, shift=seed).splitlines(keepends=True) for seed in (0, 1))
+    lines = [line[21:] for pair in zip(*logs) for line in pair if b"settings" not in line]
+    runs, skipped = parse_log(b"".join(lines) + b"\n| experiment | accuracy |\n")
+    assert names_of(runs) == ["fc-tanh/seed-0", "fc-tanh/seed-1"]
+    for seed, run in enumerate(runs):
+        assert run.epochs == [metrics(epoch, seed) for epoch in range(1, 6)]
+        assert skipped[seed].reason == f"{run.name}: its settings are lost"
+
+
+@pytest.mark.parametrize("lost, settings", [
+    ((b"5 epochs of ",), settings_of()),
+    ((b"settings {",), settings_of(batch_size=None)),
+    ((b"5 epochs of ", b"settings {"), settings_of(batch_size=None, dataset="unknown")),
+], ids=["heading", "settings", "both"])  # fmt: skip
+@pytest.mark.parametrize("before", [0, 1], ids=["first attempt", "second attempt"])
+def test_a_run_whose_beginning_is_damaged(lost, settings, before):
+    data = own_log(shift=before)
+    for text in lost:
+        data = data.replace(text, text + b"\xff")
+    runs, skipped = parse_log(own_log(epochs=4) * before + data)
+    assert len(runs) == 1 + before and runs[-1].settings == settings
+    assert runs[-1].epochs == [metrics(epoch, before) for epoch in range(1, 6)]
+    assert len([skip for skip in skipped if skip.line]) == len(lost)
+
+
+@pytest.mark.parametrize("old, new", [
+    ('"seed"', '"s"'), ("5", "0"), ("5", "5;"), ("fc-", "../fc-"), ("128", "[" * 9999 + "]" * 9999),
+])  # fmt: skip
+def test_settings_that_cannot_be_are_not_taken(old, new):
+    settings = json.dumps(settings_of())
+    data = own_log().replace(settings.encode(), settings.replace(old, new).encode())
+    (run,), skipped = parse_log(data)
+    assert run.settings == settings_of(batch_size=None) and run.epochs == WHOLE
+    assert skipped[0].line == 2 and "fc-tanh seed 0: settings {" in skipped[0].reason
+
+
+def test_corrupt_bytes_cost_their_epoch_and_are_reported():
+    data = own_log().replace(b"act1, epoch 2: mean 0.11", b"act1, epoch 2: mean 0.1\xff")
+    (run,), skipped = parse_log(data.replace(b"epoch 4/5: train", b"epoch 4/5: tr\xc3in"))
+    assert list(run.epochs[1]["alignment"]) == ["lin1"]
+    assert [WHOLE[0], run.epochs[1], WHOLE[2], WHOLE[4]] == run.epochs
+    assert [skip.line for skip in skipped] == [7, 14, 0, 0]
+    gaps = ["epoch 4 is missing", "epoch 2 lacks the alignment of act1"]
+    assert [skip.reason for skip in skipped[2:]] == [f"fc-tanh/seed-0: {gap}" for gap in gaps]
+
+
+@pytest.mark.parametrize("old, new, reason", [
+    ("accuracy 31", "accuracy 131", "train_accuracy is 131.125"),
+    ("epoch 1/", "epoch 0/", "epoch is 0"),
+    ("loss 1.9", "loss -1.9", "train_loss is -1.9"),
+    ("accuracy 30.5000", "accuracy nan", "test_accuracy is None"),
+    ("mean 0.0800", "mean 1.0800", "mean is 1.08"),
+])  # fmt: skip
+def test_numbers_that_cannot_be_are_skipped(old, new, reason):
+    runs, (skip,) = parse_log(own_log(epochs=1).decode().replace(old, new).encode())
+    assert runs == [] and skip.line == 5 and skip.reason.startswith(f"{reason}: fc-tanh seed 0")
 
 
 @pytest.mark.parametrize("log", [own_log, release_log])
-def test_a_run_whose_beginning_is_lost_is_not_taken_for_the_one_before(log):
-    first = log()
-    second = log(seed=1).replace(b"settings", b"sett\xffngs").replace(b"Training w", b"Train\xffng")
-    runs, skipped = parse(first + second.replace(b"seed 1: 5 epochs of", b"seed 1: \xff epochs of"))
-    assert [run.epochs for run in runs] == [parse(first)[0][0].epochs]
-    assert any("unknown run" in skip.reason for skip in skipped)
+@pytest.mark.parametrize("old, new", [
+    (b"\n", b"\r\n"),
+    (b"\n", b"\n 40%|####      | 2/5 [00:01<00:02]\r"),
+    (b"\n", b"\r 40%|####      | 2/5 [00:01<00:02]\n"),
+    (STAMP.encode(), b" 40%|####      | 2/5 [00:01<00:02]" + STAMP.encode()),
+    (STAMP.encode(), b"\x1b[1m" + STAMP.encode()),
+])  # fmt: skip
+def test_line_ends_and_progress_do_no_harm(log, old, new):
+    assert parse_log(log().replace(old, new)) == parse_log(log())
 
 
-def test_random_damage_never_raises():
-    dice = random.Random(1)
-    data = own_log() + release_log()
-    for _ in range(200):
-        damaged = bytearray(data)
-        for _ in range(20):
-            damaged[dice.randrange(len(damaged))] = dice.randrange(256)
-        parse(bytes(damaged))
-    assert parse(b"") == ([], [])
+def test_the_releases_log_is_parsed_with_our_names():
+    (run,), skipped = parse_log(release_log())
+    assert run.name == "std-118/seed-0" and epochs_of(run) == [1, 2, 3, 4] and skipped == []
+    assert run.settings == settings_of("std-118", epochs=4)
+    third = run.epochs[2]
+    assert (third["train_loss"], third["test_loss"]) == (1.728, 1.664)  # 0.0135, 0.013 times 128
+    assert (third["train_accuracy"], third["test_accuracy"]) == (33.5, 23.5)
+    assert list(third["alignment"]) == FC_NAMES
+    assert third["alignment"]["act2"] == {"mean": 0.3003, "std": 0.0031}
+    assert [epoch["seconds"] for epoch in run.epochs] == [1.25, 2.25, 3.25, None]
 
 
-def test_the_releases_own_log():
+@pytest.mark.parametrize("modules, names", [
+    (f"{2 * 'Tanh MaxPool2d Conv2d '} Tanh MaxPool2d Flatten Linear Tanh Linear Linear",
+     "conv1 act1 maxp1 conv2 act2 maxp2 conv3 act3 maxp3 flat lin1 act4 lin2"),
+    ("Tanh BatchNorm2d MaxPool2d Flatten Linear Tanh BatchNorm1d Linear Linear",
+     "conv1 act1 bn1 maxp1 flat lin1 act2 bn2 lin2"),
+    (f"{2 * 'Conv2d Dropout2d Tanh MaxPool2d '} Flatten Linear Dropout Tanh Linear",
+     "conv1 drop1 act1 maxp1 conv2 drop2 act2 maxp2 flat lin1 drop3 act3 lin2"),
+], ids=["plain", "batchnorm", "dropout"])  # fmt: skip
+def test_the_names_of_the_releases_cnns(modules, names):
+    """Without dropout each line has the name of the layer after it, the last line its own."""
+    layers = [f"{position}_{module}(p=0)" for position, module in enumerate(modules.split())]
+    (run,), skipped = parse_log(release_log(layers=layers, epochs=1))
+    alignment = run.epochs[0]["alignment"]
+    assert list(alignment) == names.split() and skipped == []
+    assert alignment["lin1"]["mean"] == round(0.1 + names.split().index("lin1") / 10000, 4)
+
+
+@pytest.mark.parametrize("end, epochs", [("EPOCH 3/4", [[1, 2], [1, 2, 3, 4]]),
+                                         ("4_Linear", [[1, 2, 3, 4]])])  # fmt: skip
+def test_a_restart_of_the_release_is_another_attempt_if_the_first_has_an_epoch(end, epochs):
+    whole = release_log()
+    runs, _ = parse_log(whole[: whole.index(end.encode())] + b"\n" + whole)
+    assert [epochs_of(run) for run in runs] == epochs
+    assert names_of(runs) == ["std-118/seed-0", "std-118/seed-0-attempt-2"][: len(epochs)]
+
+
+def test_a_run_of_the_release_whose_beginning_is_lost_is_not_taken_for_the_one_before():
+    runs, skipped = parse_log(release_log() + release_log().replace(b"Training w", b"Train\xffng"))
+    assert runs == parse_log(release_log())[0]
+    assert skipped[0].reason == "epoch of an unknown run: EPOCH 1/4:"
+
+
+def test_a_seed_that_cannot_be_read_is_not_guessed():
+    second = release_log(seed=2).replace(b"Seeding with \x1b[1m2", b"Seeding with \x1b[1m\xff2")
+    runs, (skip,) = parse_log(release_log(seed=1) + second + release_log(seed=4))
+    assert names_of(runs) == ["std-118/seed-1", "std-118/seed-unknown", "std-118/seed-4"]
+    assert runs[1].settings["seed"] is None and skip.reason.startswith("damaged line: Seeding")
+
+
+@pytest.mark.parametrize("epochs, names", [(1, ["1", "2", "3", "4"]), (2, FC_NAMES)])
+def test_layers_are_named_by_position_if_one_is_lost_in_all_epochs(epochs, names):
+    (run,), skipped = parse_log(release_log(epochs=epochs).replace(b"0_Linear", b"\xff", 1))
+    assert list(run.epochs[-1]["alignment"]) == names
+    gap = "std-118/seed-0: epoch 1 lacks the alignment of lin1"
+    assert [skip.reason for skip in skipped] == [gap][: epochs - 1]
+
+
+@pytest.mark.parametrize("what", ["..", "../../x", "/etc/x", "a" * 300, "x for 5 epochs on", "."])
+def test_a_name_in_a_log_leads_nowhere_else(what):
+    name = "with a bottlenecking rate 0.8525 initialized by STD"
+    runs, _ = parse_log(release_log().decode().replace(name, what).encode())
+    assert all(len(run.path.parts) == 2 and run.path.parts[0].strip(".") for run in runs)
+
+
+@pytest.mark.parametrize("path, names, epochs, accuracies, cosines", [
+    ("reference/release_log_bottleneck.txt", ["std-1/seed-0", "std-118/seed-0"], 50, (58.5, 47.6),
+     {"act1": 0.1392, "act2": 0.7557, "act3": 0.5329}),
+    ("cases/release_cnn_dropout_log.txt", ["with-dfa-initialized-by-std/seed-0"], 1, (10.3, 10.5),
+     {"conv2": -0.0041, "maxp3": 0.0009, "lin1": 0.7103, "drop4": 0.9985, "act4": 0.9998}),
+])  # fmt: skip
+def test_logs_that_the_release_wrote(path, names, epochs, accuracies, cosines):
     folder = os.environ.get("DFA_TEST_DATA_DIR", "")
-    path = Path(folder, "..", "reference", "release_log_bottleneck.txt")
-    if not folder or not path.exists():
-        pytest.skip("there is no log of the 2019 release beside DFA_TEST_DATA_DIR")
-    runs, skipped = parse(path.read_bytes())
-    assert [run.name for run in runs] == ["std-1/seed-0", "std-118/seed-0"] and skipped == []
-    assert [list(run.epochs) for run in runs] == [list(range(1, 51))] * 2
-    last = runs[1].epochs[50]
-    assert (last["train_accuracy"], last["test_accuracy"]) == (58.5, 47.6)
-    assert [last["alignment"][f"act{i}"]["mean"] for i in (1, 2, 3)] == [0.1392, 0.7557, 0.5329]
+    if not folder or not Path(folder, "..", path).exists():
+        pytest.skip(f"there is no {path} beside DFA_TEST_DATA_DIR")
+    runs, skipped = parse_log(Path(folder, "..", path).read_bytes())
+    assert names_of(runs) == names and skipped == []
+    assert all(epochs_of(run) == list(range(1, epochs + 1)) for run in runs)
+    last = runs[-1].epochs[-1]
+    assert (last["train_accuracy"], last["test_accuracy"]) == accuracies
+    assert cosines.items() <= {name: c["mean"] for name, c in last["alignment"].items()}.items()
 
 
 def retrieve(monkeypatch, capsys, *arguments):
+    """Calls log_retrieval.py; returns its exit code, stdout and stderr."""
     monkeypatch.setattr("sys.argv", ["log_retrieval.py", *map(str, arguments)])
     try:
         code = log_retrieval.main()
@@ -253,239 +303,28 @@ def retrieve(monkeypatch, capsys, *arguments):
     return code, *capsys.readouterr()
 
 
-def test_the_command_prints_lines_or_writes_folders(tmp_path, monkeypatch, capsys):
-    log = tmp_path / "log.txt"
-    log.write_bytes(own_log() + b"2026-11-23 16:56:17  alignment act1: mean 0.")
-    code, out, err = retrieve(monkeypatch, capsys, log)
-    assert code == 0
-    printed = [json.loads(line) for line in out.splitlines()]
-    assert [line.pop("run") for line in printed] == ["fc-tanh/seed-0"] * 5
-    assert err.startswith(f"{log}:18: skipped, damaged line")
-
-    code, _, _ = retrieve(monkeypatch, capsys, log, "--output", tmp_path / "out")
-    lines = (tmp_path / "out/fc-tanh/seed-0/metrics.jsonl").read_text().splitlines()
-    assert code == 0 and [json.loads(line) for line in lines] == printed
-    for line in printed:
-        line.pop("crc32")
-    folder = RunFolder(tmp_path / "out/fc-tanh/seed-0")
-    assert folder.metrics() == printed == [metrics(epoch) for epoch in range(1, 6)]
-
-    (tmp_path / "out/fc-tanh/seed-0/metrics.jsonl").write_text("mine")
-    code, out, _ = retrieve(monkeypatch, capsys, log, "--output", tmp_path / "out")
-    assert code == 0 and "left as it is" in out
-    assert (tmp_path / "out/fc-tanh/seed-0/metrics.jsonl").read_text() == "mine"
+NAMES = ["std-118/seed-0", "pai-1/seed-0", "pai-1/seed-0-attempt-2", "fc-tanh/seed-2"]
 
 
-def test_the_exit_code_says_whether_anything_was_found(tmp_path, monkeypatch, capsys):
-    (tmp_path / "empty").write_text("nothing here\n")
-    assert retrieve(monkeypatch, capsys, tmp_path / "empty")[0] == 1
-    assert retrieve(monkeypatch, capsys)[0] == 2
-    code, _, err = retrieve(monkeypatch, capsys, tmp_path / "missing")
-    assert code == 2 and err.count("\n") == 1 and "missing" in err
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """The folder of a short run on the digits that was killed after two epochs and gone on with."""
-    folder = RunFolder(tmp_path_factory.mktemp("results") / "tiny" / "seed-3")
-    experiment = Experiment("tiny", Network(hidden=(8, 7)), learning_rate=0.1)
-    settings = {"experiment": asdict(experiment), "seed": 3, "dataset": "Digits", "epochs": 4}
-    settings |= {"batch_size": 100, "feedback_placement": "every-layer", "precision": "float32"}
-    killed = Mock(side_effect=[None, KeyboardInterrupt])
-    arguments = experiment, load("Digits", "none"), folder, settings, torch.device("cpu"), Mock()
-    with pytest.raises(KeyboardInterrupt):
-        train(*arguments, killed, threading.Event())
-    train(*arguments, Mock(), threading.Event())
-    return folder
-
-
-def test_the_log_of_a_real_run_gives_its_metrics_to_the_byte(trained, tmp_path):
-    (run,), skipped = parse((trained.path / "log.txt").read_bytes())
-    assert run.name == "tiny/seed-3" and skipped == []
-    assert list(run.epochs.values()) == trained.metrics() and len(run.epochs) == 4
-    assert log_retrieval.restore(run, tmp_path)
-    for name in ("metrics.jsonl", "config.json"):
-        ours, theirs = ((path / name).read_text() for path in (tmp_path / run.name, trained.path))
-        if name == "config.json":
-            ours, theirs = json.loads(ours)["settings"], json.loads(theirs)["settings"]
-        assert ours == theirs
-
-
-def test_a_real_log_cut_anywhere_keeps_every_epoch_before_the_cut(trained):
-    data = (trained.path / "log.txt").read_bytes()
-    ends = [match.end() for match in re.finditer(rb"  epoch \d/4: .*\n", data)]
-    assert len(ends) == 4
-    dice = random.Random(2)
-    for cut in (dice.randrange(len(data)) for _ in range(200)):
-        runs, _ = parse(data[:cut])
-        found = runs[0].epochs if runs else {}
-        complete = sum(position <= cut for position in ends)
-        assert len(found) >= complete
-        assert list(found.values()) == trained.metrics()[: len(found)]
-
-
-def test_a_run_whose_settings_are_damaged_keeps_its_name_and_its_epochs(trained):
-    data = (trained.path / "log.txt").read_bytes()
-    for damage in (b'"epochs": \xff4', b'"epochs": 4, "x": "\xff"', b'"epochs": 4;'):
-        (run,), skipped = parse(data.replace(b'"epochs": 4', damage))
-        assert run.name == "tiny/seed-3" and list(run.epochs.values()) == trained.metrics()
-        known = {"seed": 3, "dataset": "Digits", "epochs": 4, "experiment": {"name": "tiny"}}
-        assert run.settings == known | {"batch_size": None, "feedback_placement": None}
-        assert "damaged" in skipped[0].reason and skipped[0].line == 2
-    (run,), skipped = parse(data.replace(b"settings", b"sett\xffngs"))
-    assert list(run.epochs.values()) == trained.metrics()
-    assert skipped[0].line == 2 and skipped[0].reason.startswith("damaged line, or of an unknown")
-    assert [skip.reason for skip in skipped[1:]] == ["tiny/seed-3: its settings are lost"]
-
-
-@pytest.mark.parametrize("log", [own_log, release_log])
-@pytest.mark.parametrize("bar", [b" 40%|####  | 2/5 [00:01<00:02]", b"\r 40%|####  | 2/5"])
-def test_a_progress_bar_in_front_of_a_line_does_not_hide_it(log, bar):
-    (expected,), _ = parse(log())
-    noisy = b"".join(bar + line for line in log().splitlines(keepends=True))
-    assert parse(noisy) == ([expected], [])
-
-
-def test_a_line_that_was_torn_and_written_on_costs_only_itself():
-    data = own_log()
-    torn = data[: data.index(b"epoch 3/5") + 30]
-    (first, second), skipped = parse(torn + own_log("other"))
-    assert sorted(first.epochs) == [1, 2] and [skip.line for skip in skipped] == [11]
-    assert second.name == "other/seed-0" and len(second.epochs) == 5
-
-
-def test_runs_of_one_name_and_other_settings_are_not_mixed():
-    runs, _ = parse(own_log() + own_log(epochs=3, shift=1.0) + own_log())
-    assert [run.name for run in runs] == ["fc-tanh/seed-0", "fc-tanh/seed-0-attempt-2"]
-    assert [run.settings["epochs"] for run in runs] == [5, 3]
-    assert list(runs[0].epochs.values()) == [metrics(epoch) for epoch in range(1, 6)]
-    assert list(runs[1].epochs.values()) == [metrics(epoch, 1.0) for epoch in range(1, 4)]
-
-
-def test_a_release_run_that_ended_before_its_first_epoch_counts_for_nothing():
-    whole = release_log()
-    cut = whole[: whole.index(b"4_Linear(out=10)")]
-    (run,), _ = parse(cut + b"\n" + whole)
-    assert run.name == "std-118/seed-0" and run.epochs == parse(whole)[0][0].epochs
-
-
-def test_a_seed_that_cannot_be_read_is_not_guessed():
-    second = release_log(seed=2).replace(b"Seeding with \x1b[1m2", b"Seeding with \x1b[1m\xff2")
-    runs, skipped = parse(release_log(seed=1) + second + release_log(seed=4))
-    names = ["std-118/seed-1", "std-118/seed-unknown", "std-118/seed-4"]
-    assert [run.name for run in runs] == names and runs[1].settings["seed"] is None
-    assert len(skipped) == 1 and skipped[0].reason.startswith("damaged line: Seeding")
-
-
-CNN = ("0_Tanh()", "1_BatchNorm2d(32)", "2_MaxPool2d(3)", "3_Conv2d(32)")
-
-
-@pytest.mark.parametrize("layers, lost, names", [
-    (CNN, 2, ["conv1", "act1", "bn1", "maxp1"]), (FC, 0, ["lin1", "act1", "lin2", "act2", "lin3"])
-], ids=["cnn", "fc"])  # fmt: skip
-@pytest.mark.parametrize("epochs", [1, 2])
-def test_a_line_that_is_lost_in_all_epochs_leaves_positions_as_names(layers, lost, names, epochs):
-    data = release_log(layers=layers, epochs=epochs)
-    at = data.index(layers[lost].encode())
-    (run,), skipped = parse(data[:at] + b"\xff" + data[at:])
-    positions = [str(i) for i in range(len(layers)) if i != lost]
-    assert list(run.epochs[epochs]["alignment"]) == (positions if epochs == 1 else names)
-    gap = f"std-118/seed-0: epoch 1 lacks the alignment of {names[lost]}"
-    assert [skip.reason for skip in skipped] == ([] if epochs == 1 else [gap])
-
-
-def test_a_log_that_cannot_be_taken_does_not_keep_the_next_one_from_it(
-    tmp_path, monkeypatch, capsys
-):
-    first, second, good = tmp_path / "missing.txt", tmp_path / "other.txt", tmp_path / "log.txt"
-    second.write_bytes(own_log("cnn-tanh", epochs=4))  # of other settings than what is there
-    RunFolder(tmp_path / "cnn-tanh/seed-0").start(settings_of("cnn-tanh", epochs=3), {})
-    good.write_bytes(own_log())
-    code, out, err = retrieve(monkeypatch, capsys, first, second, good, "--output", tmp_path)
-    assert code == 2 and out == f"{tmp_path}/fc-tanh/seed-0: 5 epochs\n"
-    lines = err.splitlines()
-    assert len(lines) == 2 and "missing.txt" in lines[0] and "epochs is 3 there, now 4" in lines[1]
-
-
-def test_several_logs_and_runs_go_where_their_names_say(tmp_path, monkeypatch, capsys):
-    first, second = tmp_path / "a.txt", tmp_path / "b.txt"
-    first.write_bytes(release_log() + release_log())
+def test_the_command_restores_what_it_prints(tmp_path, monkeypatch, capsys):
+    logs = first, second = tmp_path / "a.txt", tmp_path / "b.txt"
+    first.write_bytes(release_log() + 2 * release_log("0.99875", "PAI"))
     second.write_bytes(b"nothing\n" + own_log(seed=2))
-    code, out, err = retrieve(monkeypatch, capsys, first, second)
-    assert code == 0 and err == ""
-    runs = [json.loads(line)["run"] for line in out.splitlines()]
-    names = ["std-118/seed-0", "std-118/seed-0-attempt-2", "fc-tanh/seed-2"]
-    assert runs == [names[0]] * 4 + [names[1]] * 4 + [names[2]] * 5
-    code, out, _ = retrieve(monkeypatch, capsys, first, second, "--output", tmp_path / "out")
-    assert code == 0 and len(out.splitlines()) == 3
-    for name, epochs in zip(names, (4, 4, 5)):
-        folder = RunFolder(tmp_path / "out" / name)
-        assert len(folder.metrics()) == epochs and folder.finished()
-        assert folder.config()["environment"] == {"retrieved": True}
+    code, printed, err = retrieve(monkeypatch, capsys, *logs)
+    assert (code, err) == (0, "")
 
+    (tmp_path / NAMES[0]).mkdir(parents=True)
+    (tmp_path / NAMES[0] / "state.pt").touch()  # of a finished run, which has no checkpoint
+    code, out, err = retrieve(monkeypatch, capsys, *logs, "--output", tmp_path)
+    assert out.splitlines() == [f"{tmp_path / n}: {e} epochs" for n, e in zip(NAMES, (4, 4, 4, 5))]
+    runs = [RunFolder(tmp_path / name).load() for name in NAMES]
+    assert [len(run.epochs) for run in runs] == [4, 4, 4, 5] and runs[3].epochs == WHOLE
+    assert all(run.finished and run.environment == {"retrieved": True} for run in runs)
+    lines = [{"run": run.name, **epoch} for run in runs for epoch in run.epochs]
+    assert [json.loads(line) for line in printed.splitlines()] == lines
 
-def test_numbers_that_cannot_be_are_not_believed_though_their_line_is_whole():
-    head = b"".join(own_log().splitlines(keepends=True)[:2])
-    good = epoch_lines(metrics(1), 5)
-    for old, new in (("accuracy 31", "accuracy 131"), ("epoch 1/", "epoch 0/"),
-                     ("loss 1.9", "loss -1.9"), ("accuracy 30.5000", "accuracy nan"),
-                     ("mean 0.0800", "mean 1.0800")):  # fmt: skip
-        changed = [line.replace(old, new) for line in good]
-        assert changed != good
-        runs, (skip,) = parse(head + logged(changed, settings_of()))
-        assert runs == [] and skip.reason.startswith("damaged line (")
-
-
-def test_lines_of_another_run_are_not_taken_for_this_ones():
-    ours, other = (own_log(seed=seed, shift=seed).splitlines(keepends=True) for seed in (0, 1))
-    mixed = ours[: 2 + 3 * 2] + other[2 + 3 * 2 :]
-    (run,), skipped = parse(b"".join(mixed))
-    assert list(run.epochs.values()) == [metrics(1), metrics(2)]
-    assert len(skipped) == 9 and all("of an unknown run" in skip.reason for skip in skipped)
-    both, skipped = parse(b"".join([*other[:2], *mixed]))
-    assert [run.name for run in both] == ["fc-tanh/seed-1", "fc-tanh/seed-0"]
-    assert list(both[0].epochs.values()) == [metrics(epoch, 1) for epoch in (3, 4, 5)]
-    assert list(both[1].epochs.values()) == [metrics(1), metrics(2)]
-    assert [skip.reason for skip in skipped] == ["fc-tanh/seed-1: epochs 1 to 2 are missing"]
-
-
-@pytest.mark.parametrize("what", ["..", "../../x", "/etc/x", "a" * 300, "x for 5 epochs on", "."])
-def test_a_name_in_a_log_leads_nowhere_else(tmp_path, monkeypatch, capsys, what):
-    log = tmp_path / "log.txt"
-    text = release_log().decode()
-    log.write_text(re.sub(r"Training .* for 4 epochs", f"Training {what} for 4 epochs", text))
-    (tmp_path / "a").mkdir()
-    retrieve(monkeypatch, capsys, log, "--output", tmp_path / "a" / "out")
-    assert {path.name for path in tmp_path.iterdir()} == {"a", "log.txt"}
-    assert {path.name for path in (tmp_path / "a").iterdir()} <= {"out"}
-
-
-def test_what_is_shown_of_a_damaged_line_can_be_printed(tmp_path, monkeypatch, capsys):
-    log = tmp_path / "log.txt"
-    log.write_bytes(b"settings {\x1b]0;title\x07 \xff\x00\xe2\x80\xa8\n")
-    code, out, err = retrieve(monkeypatch, capsys, log)
-    assert code == 1 and out == "" and len(err.splitlines()) == 2
-    assert all(c.isprintable() for c in err.replace("\n", ""))
-
-
-def test_a_reader_that_goes_away_ends_the_command_quietly(tmp_path):
-    log = tmp_path / "log.txt"
-    log.write_bytes(own_log(epochs=12) * 1000 + b"".join(own_log(seed=n) for n in range(200)))
-    command = [sys.executable, Path(log_retrieval.__file__), log]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        process.stdout.readline()
-        process.stdout.close()
-        assert process.stderr.read() == b""
-
-
-@pytest.mark.parametrize("name", ["fc-tanh", "fc-tanh/seed-0", "fc-tanh/seed-0/config.json"])
-def test_an_output_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys, name):
-    log, blocked = tmp_path / "log.txt", tmp_path / "out" / name
-    log.write_bytes(own_log())
-    blocked.parent.mkdir(parents=True)
-    if name.endswith("config.json"):
-        blocked.mkdir()
-    else:
-        blocked.write_text("mine")
-    code, out, err = retrieve(monkeypatch, capsys, log, "--output", tmp_path / "out")
-    assert (code, out, err.count("\n")) == (2, "", 1) and str(blocked) in err
+    metrics = tmp_path / NAMES[3] / "metrics.jsonl"
+    metrics.write_text("mine")
+    _, out, _ = retrieve(monkeypatch, capsys, second, "--output", tmp_path)
+    assert out == f"{metrics.parent}: has its metrics.jsonl, left as it is\n"
+    assert metrics.read_text() == "mine"

@@ -1,0 +1,238 @@
+"""Damaged files: each is loaded right or reported in one line, never half, never as a traceback.
+
+Seeded dice damage the files of two short runs and of two data sets in every way that comes to mind.
+"""
+
+import io
+import json
+import random
+import re
+import shutil
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from faults import SOAK
+
+import best_practices
+from mltools.data import load_dataset
+from mltools.errors import UserError
+from mltools.networks import Network
+from mltools.results import RunFolder, check_metrics, check_settings
+from mltools.training import Experiment
+
+pytestmark = pytest.mark.usefixtures("one_thread", "quick_figures")
+
+NAME = "std-18"
+EXPERIMENT = Experiment(NAME, Network(hidden=(8, 7)), learning_rate=0.1)
+MUTANTS = max(24, 60 * SOAK)  # of each kind of file
+
+
+# Mutations: of the bytes of a file, with those of another file of its kind
+
+
+def place(dice, data):
+    """Anywhere, but more often where headers and directories are."""
+    start, end = dice.choice(((0, None), (0, None), (0, 120), (-200, None)))
+    return dice.choice(range(len(data))[start:end])
+
+
+def block(dice, data):
+    start = place(dice, data)
+    return start, min(len(data), start + dice.choice((1, 2, 4, 16, 64, 300, 2000)))
+
+
+def flip_bits(dice, data, other):
+    data = bytearray(data)
+    for _ in range(dice.choice((1, 1, 2, 8))):
+        data[place(dice, data)] ^= 1 << dice.randrange(8)
+    return bytes(data)
+
+
+def delete(dice, data, other):
+    start, end = block(dice, data)
+    return data[:start] + data[end:]
+
+
+def insert(dice, data, other):
+    at = place(dice, data)
+    return data[:at] + dice.randbytes(dice.choice((1, 2, 4, 100))) + data[at:]
+
+
+def truncate(dice, data, other):
+    return data[: place(dice, data)]
+
+
+def behead(dice, data, other):
+    return data[place(dice, data) :]
+
+
+def swap(dice, data, other):
+    a, b, c = sorted(place(dice, data) for _ in range(3))
+    return data[:a] + data[b:c] + data[a:b] + data[c:]
+
+
+def zero(dice, data, other):
+    start, end = block(dice, data)
+    return data[:start] + bytes(end - start) + data[end:]
+
+
+def splice(dice, data, other):
+    start, end = sorted(dice.randrange(len(other) + 1) for _ in range(2))
+    at = place(dice, data)
+    return data[:at] + other[start:end] + data[at:]
+
+
+def lines(dice, data, other):
+    ours = data.splitlines(keepends=True)
+    dice.shuffle(ours)
+    return b"".join(ours[: dice.randrange(len(ours) + 1)])
+
+
+def value(dice, data, other):
+    """A value somewhere in JSON becomes something else."""
+    values = list(re.finditer(rb'"\w+": (-?[\d.]+|null|"[^"]*")', data))
+    if not values:
+        return flip_bits(dice, data, other)
+    start, end = dice.choice(values).span(1)
+    new = (b"true", b"null", b"NaN", b"1e999", b"-1", b"250", b'"1"', b'"a\\nb"', b"[]", b"{}",
+           b"9" * 5000, b"[" * 3000 + b"]" * 3000, b"\xef\xbb\xbf1")  # fmt: skip
+    return data[:start] + dice.choice(new) + data[end:]
+
+
+MUTATIONS = flip_bits, delete, insert, truncate, behead, swap, zero, splice, lines, value
+
+
+def mutants(kind, data, other, count=MUTANTS):
+    """Damaged copies of a file; each mutation has its turn."""
+    for number in range(count):
+        dice, mutant = random.Random(f"{kind} {number}"), data
+        while mutant in (data, other):
+            mutant = MUTATIONS[number % len(MUTATIONS)](dice, data, other)
+        yield mutant
+
+
+# Files
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two finished runs, with the checkpoint of their second epoch."""
+    results = tmp_path_factory.mktemp("results")
+    for seed in (0, 1):
+        path = results / "best_practices" / NAME / f"seed-{seed}"
+        keep = partial(shutil.copy, path / "checkpoint.pt", results / f"checkpoint-{seed}.pt")
+        tiny.train(path, EXPERIMENT, epoch_ended=lambda _, keep=keep: keep(), seed=seed)
+    return results
+
+
+def a_copy(runs, tmp_path):
+    shutil.copytree(runs / "best_practices", tmp_path / "best_practices")
+    return [tmp_path / "best_practices" / NAME / f"seed-{seed}" for seed in (0, 1)]
+
+
+def loaded_or_reported(load, path, mutant):
+    """Returns what is loaded from a mutant, or None where its damage is reported."""
+    path.write_bytes(mutant)
+    try:
+        return load()
+    except UserError as error:
+        message = str(error)
+        assert message.isprintable() and str(path) in message and len(message) < 600, message
+        return None
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl"])
+def test_damaged_results_are_reported_or_possible(runs, tmp_path, name):
+    one, other = (path / name for path in a_copy(runs, tmp_path))
+    reported = 0
+    for mutant in mutants(name, one.read_bytes(), other.read_bytes()):
+        result = loaded_or_reported(RunFolder(one.parent).load, one, mutant)
+        if result is None:
+            reported += 1
+            continue
+        check_settings(result.settings)
+        for metrics in result.epochs:
+            check_metrics(metrics)
+    assert reported > MUTANTS / 4
+
+
+def tensors(content):
+    if isinstance(content, dict):
+        return {key: tensors(value) for key, value in content.items()}
+    return content.tolist() if isinstance(content, torch.Tensor) else content
+
+
+def test_a_damaged_checkpoint_is_reported_or_resumed_right(runs, tmp_path):
+    path, _ = a_copy(runs, tmp_path)
+    checkpoint = path / "checkpoint.pt"
+    whole, other = ((runs / f"checkpoint-{seed}.pt").read_bytes() for seed in (0, 1))
+    expected = tiny.outcome(path)
+    reported = 0
+    for mutant in mutants("checkpoint", whole, other):
+        resume = partial(tiny.train, path, EXPERIMENT, seed=0)
+        reported += loaded_or_reported(resume, checkpoint, mutant) is None
+        checkpoint.unlink(missing_ok=True)
+        assert tiny.outcome(path) == expected
+    assert reported > MUTANTS / 2
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_damaged_data_set_is_reported_or_loaded_right(tmp_path, save):
+    def data_set(seed):
+        dice, file = np.random.default_rng(seed), io.BytesIO()
+        arrays = {}
+        for split, count in (("train", 30), ("test", 12)):
+            arrays[f"x_{split}"] = dice.integers(0, 256, (count, 6, 5), dtype=np.uint8)
+            arrays[f"y_{split}"] = dice.integers(0, 10, count, dtype=np.uint8)
+        save(file, **arrays)
+        return file.getvalue()
+
+    path, whole = tmp_path / "mnist.npz", data_set(0)
+    path.write_bytes(whole)
+    expected = load_dataset("MNIST", tmp_path).crc32
+    reported = 0
+    for mutant in mutants(save.__name__, whole, data_set(1)):
+        data = loaded_or_reported(partial(load_dataset, "MNIST", tmp_path), path, mutant)
+        reported += data is None
+        assert data is None or data.crc32 == expected
+    assert reported > MUTANTS / 2
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl"])
+def test_tables_of_damaged_results_are_whole_or_one_line(runs, tmp_path, start, monkeypatch, name):
+    experiment = replace(best_practices.EXPERIMENTS[0], name=NAME)
+    monkeypatch.setattr(best_practices, "EXPERIMENTS", [experiment])
+    one, other = (path / name for path in a_copy(runs, tmp_path))
+    for mutant in mutants(name, one.read_bytes(), other.read_bytes(), MUTANTS // 4):
+        one.write_bytes(mutant)
+        code, out, err = start(
+            best_practices.main, "--tables-only", "--results-dir", tmp_path, "--seeds", 0
+        )
+        if code == 0:
+            assert err == "" and out.startswith("### ")
+        else:
+            assert code == 2 and out == "" and err.count("\n") == 1 and str(one.parent) in err
+
+
+@pytest.mark.parametrize("name", ["table.md", "table.csv", "table.tex", "report.html", "."])
+def test_a_results_folder_that_cannot_be_written_is_one_line(tmp_path, start, name):
+    blocked = tmp_path / "results" / "best_practices" / name
+    if name == ".":
+        blocked.parent.mkdir(parents=True)
+        blocked.write_text("mine")
+    else:
+        blocked.mkdir(parents=True)
+    arguments = ("--tables-only", "--results-dir", tmp_path / "results", "--experiments", "fc-tanh")
+    code, out, err = start(best_practices.main, *arguments)
+    assert code == (2 if name == "." else 1)
+    assert out == "" and err.count("\n") == 1 and str(blocked) in err
+
+
+def test_each_mutation_changes_something():
+    data = "".join(json.dumps({"a": i}) + "\n" for i in range(9)).encode()
+    for mutation in MUTATIONS:
+        assert any(mutation(random.Random(i), data, data[::-1]) != data for i in range(20))

@@ -1,0 +1,120 @@
+"""Damaged logs: an epoch is as it was logged, or it is skipped, and that is reported."""
+
+import json
+import random
+
+import pytest
+from test_logs import own_log, release_log, retrieve, settings_of
+
+from mltools.logs import parse_log
+from mltools.results import RunFolder
+
+LOGS = {
+    "ours": own_log() + own_log("cnn", shift=1),
+    "release": release_log() + release_log("0.0"),
+}
+WHOLE = {run.path.parent: run.epochs for log in LOGS.values() for run in parse_log(log)[0]}
+
+
+def corrupt(dice, data):
+    """Replaces a byte by another, or inserts one; the other one is no digit."""
+    at = dice.randrange(len(data))
+    return data[:at] + dice.choice([b"\xff", b"\0"]) + data[at + dice.randrange(2) :]
+
+
+def truncate(dice, data):
+    return data[: dice.randrange(len(data))]
+
+
+def behead(dice, data):
+    return b"?" + data[dice.randrange(len(data)) :]
+
+
+def lose_or_double_line(dice, data):
+    lines = data.splitlines(keepends=True)
+    at = dice.randrange(len(lines))
+    return b"".join([*lines[:at], *dice.choice([0, 2]) * [lines[at]], *lines[at + 1 :]])
+
+
+def overwrite(dice, data):
+    """Changes bytes in any way, so that numbers may change, too."""
+    data = bytearray(data)
+    for _ in range(20):
+        data[dice.randrange(len(data))] = dice.randrange(256)
+    return bytes(data)
+
+
+def mutants(log, mutation, count):
+    dice = random.Random(f"{log} {mutation.__name__}")
+    return [mutation(dice, LOGS[log]) for _ in range(count)]
+
+
+@pytest.mark.parametrize("mutation", [corrupt, truncate, behead, lose_or_double_line])
+@pytest.mark.parametrize("log", LOGS)
+def test_an_epoch_is_as_it_was_logged_and_a_gap_is_reported(log, mutation):
+    recovered = 0
+    for mutant in mutants(log, mutation, 100):
+        runs, skipped = parse_log(mutant)
+        for run in runs:
+            whole = WHOLE[run.path.parent]
+            numbers = [epoch["epoch"] for epoch in run.epochs]
+            lost = numbers != list(range(1, len(numbers) + 1))
+            for epoch in run.epochs:
+                logged = whole[epoch["epoch"] - 1]
+                unchecked = {"alignment": None, "seconds": None}
+                assert epoch | unchecked == logged | unchecked
+                assert epoch["alignment"].items() <= logged["alignment"].items()
+                lost |= epoch["alignment"] != logged["alignment"]
+            assert skipped or not lost
+            recovered += len(numbers)
+    assert recovered > 200  # of 1000 or 800
+
+
+@pytest.mark.parametrize("log", LOGS)
+def test_the_command_restores_what_it_prints(tmp_path, monkeypatch, capsys, log):
+    file = tmp_path / "log.txt"
+    for number, mutant in enumerate(mutants(log, overwrite, 30)):
+        file.write_bytes(mutant)
+        code, out, err = retrieve(monkeypatch, capsys, file)
+        errors = [line for line in err.splitlines() if not line.startswith(str(file))]
+        assert errors == ["error: no epoch of any run was found"] * code and code == (out == "")
+        output = tmp_path / str(number)
+        assert retrieve(monkeypatch, capsys, file, "--output", output)[::2] == (code, err)
+        restored = [RunFolder(path.parent).load() for path in output.glob("*/*/metrics.jsonl")]
+        lines = [{"run": run.name, **epoch} for run in restored for epoch in run.epochs]
+        key = json.dumps
+        assert sorted(lines, key=key) == sorted(map(json.loads, out.splitlines()), key=key)
+
+
+def test_a_log_that_cannot_be_read_does_not_keep_the_next_one_from_it(
+    tmp_path, monkeypatch, capsys
+):
+    other, good = tmp_path / "other.txt", tmp_path / "log.txt"
+    other.write_bytes(own_log("cnn-tanh", epochs=4))  # with other settings than the folder's
+    RunFolder(tmp_path / "cnn-tanh/seed-0").start(settings_of("cnn-tanh", epochs=3), {})
+    good.write_bytes(own_log())
+    arguments = tmp_path / "missing.txt", other, good, "--output", tmp_path
+    code, out, err = retrieve(monkeypatch, capsys, *arguments)
+    assert code == 2 and out == f"{tmp_path}/fc-tanh/seed-0: 5 epochs\n"
+    first, second = err.splitlines()
+    assert "missing.txt" in first and "epochs is 3 there, now 4" in second
+
+
+def test_a_log_without_results(tmp_path, monkeypatch, capsys):
+    log = tmp_path / "log.txt"
+    log.write_bytes(b"settings {\x1b]0;title\x07 \xff\x00\xe2\x80\xa8\n")
+    code, out, err = retrieve(monkeypatch, capsys, log)
+    first, second = err.splitlines()
+    assert code == 1 and out == "" and first.startswith(f"{log}:1: skipped, damaged line: settings")
+    assert first.isprintable() and second == "error: no epoch of any run was found"
+    assert retrieve(monkeypatch, capsys)[0] == 2
+
+
+@pytest.mark.parametrize("name", ["fc-tanh", "fc-tanh/seed-0", "fc-tanh/seed-0/config.json"])
+def test_an_output_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys, name):
+    log, blocked = tmp_path / "log.txt", tmp_path / "out" / name
+    log.write_bytes(own_log())
+    blocked.parent.mkdir(parents=True)
+    blocked.mkdir() if name.endswith("config.json") else blocked.write_text("mine")
+    code, out, err = retrieve(monkeypatch, capsys, log, "--output", tmp_path / "out")
+    assert (code, out, err.count("\n")) == (2, "", 1) and str(blocked) in err

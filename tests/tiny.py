@@ -1,0 +1,72 @@
+"""Tiny data sets and runs, and what a run leaves on disk in a form that can be compared."""
+
+import json
+import threading
+
+import numpy as np
+import torch
+from torch.utils.data import TensorDataset
+
+from mltools.data import DataSet, Split
+from mltools.networks import Network
+from mltools.results import RunFolder
+from mltools.training import Run, Trainer, train_run
+
+CPU = torch.device("cpu")
+EPOCHS, BATCH, SEED = 3, 8, 4
+
+
+def split(count, shape, seed):
+    """Random images of three classes."""
+    dice = np.random.default_rng(seed)
+    x = torch.from_numpy(dice.integers(0, 256, (count, *shape), dtype=np.uint8))
+    y = torch.from_numpy(dice.integers(0, 3, count))
+    return Split(TensorDataset(x, y), (0.4,), (0.25,))
+
+
+def tiny(shape=(1, 4, 5), train=45, test=150):
+    """45 training images are five batches of 8 and an incomplete one."""
+    return DataSet("tiny", 3, shape, split(train, shape, 1), split(test, shape, 2))
+
+
+SMALL = Network(hidden=(8, 7, 6))
+
+
+def describe(experiment, **changes):
+    common = {"dataset": "tiny", "epochs": EPOCHS, "batch_size": BATCH, "seed": SEED}
+    placement = {"feedback_placement": "every-layer"}
+    return Run(experiment=experiment, **{**common, **placement, **changes})
+
+
+def train(path, experiment, data=None, epoch_ended=lambda metrics: None, stop=None, **changes):
+    """Trains or resumes a run in a folder; returns the lines that were reported."""
+    lines = []
+    trainer = Trainer(describe(experiment, **changes), data or tiny(), CPU)
+    stop = stop or threading.Event()
+    train_run(trainer, RunFolder(path), lines.append, epoch_ended, stop)
+    return lines
+
+
+def metrics_of(path):
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def angles_of(path):
+    with np.load(path / "angles.npz", allow_pickle=False) as angles:
+        return dict(angles)
+
+
+def state_of(path):
+    return torch.load(path / "state.pt", weights_only=True)
+
+
+def checkpoint_of(path):
+    return torch.load(path / "checkpoint.pt", weights_only=True)
+
+
+def outcome(path):
+    """All that a run leaves but times."""
+    metrics = [{**epoch, "seconds": None} for epoch in metrics_of(path)]
+    angles = {layer: cosines.tolist() for layer, cosines in angles_of(path).items()}
+    weights = {name: tensor.tolist() for name, tensor in state_of(path).items()}
+    return metrics, angles, weights, sorted(file.name for file in path.iterdir())
