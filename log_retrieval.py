@@ -6,9 +6,9 @@
 
 It reads our own log.txt and the logs of the 2019 release. With --output results/bottleneck, say,
 `bottleneck.py --tables-only` and `bottleneck_from_log.py` take the restored results for the
-original; a metrics.jsonl that is already there is left as it is. What was skipped is reported on
-stderr. The exit code is 0 if something was recovered, 1 if nothing, 2 for bad usage, for a log that
-cannot be read, or for a stdout that cannot be written to.
+original; an existing metrics.jsonl is not changed. Skipped lines are reported on stderr. The exit
+code is 0 if something was recovered, 1 if nothing, 2 for bad usage, for a log that cannot be read,
+or for a stdout that cannot be written to.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def main() -> int:
                 if arguments.output:
                     restored = restore_run(run, arguments.output)
                     epochs = f"{len(run.epochs)} epochs"
-                    outcome = epochs if restored else "has its metrics.jsonl, left as it is"
+                    outcome = epochs if restored else "has a metrics.jsonl, which is not changed"
                     show(f"{arguments.output / run.path}: {outcome}")
                 else:
                     lines = (json.dumps({"run": run.name, **metrics}) for metrics in run.epochs)

@@ -7,11 +7,11 @@ from contextlib import contextmanager
 
 
 class UserError(Exception):
-    """Bad input. The message is one line: what is wrong, where, and what to do about it."""
+    """An error that the user can correct; its message is one line: fault, place and remedy."""
 
 
 def one_line(error: Exception) -> str:
-    """Returns an error's message as one short line, whatever a damaged file has put into it."""
+    """Returns an error's message as one short line of printable characters."""
     message = getattr(error, "strerror", None) or str(error) or type(error).__name__
     line = " ".join("".join(c if c.isprintable() else " " for c in message).split())
     return line if len(line) <= 160 else line[:157] + "..."
@@ -23,7 +23,7 @@ def reading(source: object, remedy: str) -> Iterator[None]:
 
     Args:
         source: the file, or a place in it.
-        remedy: what the user can do.
+        remedy: the way to correct the error.
     """
     try:
         yield

@@ -34,13 +34,14 @@ def settings_line(run: str, settings: dict) -> str:
     return f"{run}: settings {json.dumps(settings)}"
 
 
+def number_text(value: float | None, digits: int = 4) -> str:
+    """Returns a number as in logs; None is `nan`."""
+    return "nan" if value is None else f"{value:.{digits}f}"
+
+
 def epoch_lines(run: str, metrics: Metrics, epochs: int) -> list[str]:
     """Returns the lines of one epoch of `epochs`; the last one is the summary."""
-
-    def text(value: float | None, digits: int = 4) -> str:
-        return "nan" if value is None else f"{value:.{digits}f}"
-
-    epoch = metrics["epoch"]
+    epoch, text = metrics["epoch"], number_text
     lines = [
         f"{run}: alignment {layer}, epoch {epoch}: mean {text(c['mean'])} std {text(c['std'])}"
         for layer, c in metrics["alignment"].items()
@@ -179,7 +180,7 @@ class _Reader:
         self.described: set[int] = set()  # the id of each run whose line of settings was read
         self.latest: dict[str, RunResult] = {}  # the last run that is called, say, "fc-tanh seed 0"
         self.alignment: dict = defaultdict(lambda: defaultdict(dict))  # by that name and the epoch
-        # What the next lines of the 2019 release belong to; a run is None where it is unknown.
+        # The state of the 2019 release's lines; a run is None where it is unknown.
         self.seed = "0"
         self.run: RunResult | None = None
         self.epoch = 0

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mltools.errors import UserError, show
-from mltools.logs import epoch_lines
+from mltools.logs import epoch_lines, number_text
 from mltools.results import Metrics, RunFolder, diverged
 from mltools.training import Run
 
@@ -20,8 +20,8 @@ SECONDS_BETWEEN_UPDATES = 1.0
 class Progress:
     """Shows a whole sweep, whichever process trains its runs: epochs are read from their folders.
 
-    To be used in a `with` statement; threads may share it. On a terminal one bar counts runs and
-    another one epochs, with the latest epoch's numbers and the time that is left. Elsewhere every
+    Use it in a `with` statement; threads may share it. On a terminal one bar counts runs, another
+    bar counts epochs, with the numbers of the latest epoch and the remaining time. Elsewhere every
     epoch is a line.
 
     Args:
@@ -91,28 +91,28 @@ class Progress:
             result = self._left[run].load()
         except UserError:
             return None
-        return result.epochs if result.settings == run.settings else []  # to be set aside
+        # A folder with other settings is renamed when its run is trained.
+        return result.epochs if result.settings == run.settings else []
 
     def _show_epoch(self, run: Run, metrics: Metrics) -> None:
         if not self._bars:
             self.line(epoch_lines(run.name, metrics, run.epochs)[-1])
             return
-        losses = _number(metrics["train_loss"], 3), _number(metrics["test_loss"], 3)
-        accuracies = _number(metrics["train_accuracy"], 1), _number(metrics["test_accuracy"], 1)
+        losses = [number_text(metrics[f"{split}_loss"], 3) for split in ("train", "test")]
+        accuracies = [number_text(metrics[f"{split}_accuracy"], 1) for split in ("train", "test")]
         shown = {"loss": "/".join(losses), "acc": "/".join(accuracies) + "%"}
         cosines = [c["mean"] for name, c in metrics["alignment"].items() if name.startswith("act")]
         if cosines:
-            shown["cos"] = " ".join(_number(cosine, 2) for cosine in cosines)
+            shown["cos"] = " ".join(number_text(cosine, 2) for cosine in cosines)
         self._run_bar.set_postfix_str(run.name, refresh=False)
         self._epoch_bar.set_postfix(shown, refresh=False)
         self._epoch_bar.update()
 
 
 class Board:
-    """Writes the epochs of a run for TensorBoard; to be used in a `with` statement.
+    """Writes the epochs of a run for TensorBoard, to `tensorboard` in its folder.
 
-    Args:
-        folder: the run's; files go to `tensorboard` in it.
+    Use it in a `with` statement.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -151,7 +151,3 @@ def check_tensorboard() -> None:
         import tensorboard  # noqa: F401
     except ImportError:
         raise UserError("--tensorboard needs a package: pip install tensorboard") from None
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "nan" if value is None else f"{value:.{digits}f}"

@@ -73,13 +73,13 @@ class RunResult:
 
 
 class RunFolder:
-    """Reads and writes the files of one run. Nothing is created before `lock`."""
+    """Reads and writes the files of one run, without creating any before `lock`."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
 
     def lock(self) -> FileLock:
-        """Returns a lock to be used in a `with` statement; a process that ends releases it.
+        """Returns a lock for a `with` statement; the end of the process releases it too.
 
         Entering it raises filelock.Timeout at once if it is held elsewhere.
         """
@@ -125,19 +125,19 @@ class RunFolder:
         if differing:
             raise UserError(
                 f"{self.path} holds a run with other settings ({differing}): choose another "
-                "--results-dir, or set that folder aside with --force"
+                "--results-dir, or rename that folder with --force"
             )
         begun = bool(result.epochs) or (self.path / "state.pt").exists()
         if begun and not result.finished and not result.has_checkpoint:
             raise UserError(
                 f"{self.path} has results of {len(result.epochs)} epochs and no checkpoint.pt to "
                 "resume from: restore the lost file (log_retrieval.py restores metrics.jsonl), or "
-                "set the folder aside with --force"
+                "rename the folder with --force"
             )
         return result
 
-    def set_aside(self) -> Path:
-        """Renames the folder, so that another run can take its place; returns its new path."""
+    def rename(self) -> Path:
+        """Renames the folder, so that another run can take its place; returns the new path."""
         paths = (self.path.with_name(f"aside-{i}-{self.path.name}") for i in itertools.count(1))
         return self.path.rename(next(path for path in paths if not path.exists()))
 

@@ -70,7 +70,7 @@ class Options(Settings):
         metavar="N",
     )
     deterministic: bool = option("on CUDA too, the same seed gives the same bits; slower", False)
-    force: bool = option("set a folder with other settings aside, and start anew", False)
+    force: bool = option("rename a folder with other settings, and start anew", False)
     quiet: bool = option("show nothing but the tables and errors", False)
     tensorboard: bool = option(
         "write each run's epochs for TensorBoard too, into its folder", False
@@ -205,7 +205,7 @@ def _train(folders: Mapping[Run, RunFolder], options: Options, data: DataSet) ->
         except UserError:
             if not options.force:
                 raise
-            show(f"{folder.path} set aside as {folder.set_aside()}")
+            show(f"{folder.path} renamed to {folder.rename()}")
 
         board = Board(folder.path) if options.tensorboard else None
 
@@ -258,7 +258,7 @@ def describe_run(experiment: Experiment, seed: int, options: Settings, data: Dat
 def load_runs(
     script: str, experiments: Sequence[Experiment], options: Options
 ) -> dict[str, list[RunResult]]:
-    """Loads the runs of a sweep: for each experiment one per seed, whether it is there or not.
+    """Loads the runs of a sweep: for each experiment one per seed, empty if it has not begun.
 
     Raises UserError if a file cannot be read.
     """

@@ -222,7 +222,7 @@ class Trainer:
         return dict(zip(cosines, rows))
 
     def state_dict(self) -> dict:
-        """Returns all that `load_state_dict` needs to resume, the position in the epoch aside."""
+        """Returns the state that `load_state_dict` resumes from, without the epoch's position."""
         return {
             "model": self.model.state_dict(),
             "totals": self._totals,
@@ -268,7 +268,7 @@ def train_run(
 
     Args:
         folder: its folder, whose lock the caller holds.
-        report: called with the lines of the log, those of epochs aside.
+        report: called with the lines of the log that are not of an epoch.
         epoch_ended: called with the metrics of each epoch, once they are on disk.
         stop: when it is set, the run ends after the step under way, with a checkpoint.
 

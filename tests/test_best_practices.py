@@ -205,16 +205,6 @@ def test_the_release_stands_beside_runs_of_its_protocol_only(name, settings, sho
         assert "2019" not in text
 
 
-def test_a_folder_with_other_settings_is_refused_and_left_as_it_is(start, tmp_path):
-    common = (*DIGITS, "--results-dir", tmp_path, "--experiments", "fc-bp", "--seeds", 0)
-    assert start(best_practices.main, *common, "--epochs", 1)[0] == 0
-    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
-    code, _, err = start(best_practices.main, *common, "--epochs", 2)
-    assert code == 2 and "epochs is 1 there, now 2" in err and err.count("\n") == 1
-    after = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
-    assert before == after
-
-
 def test_the_reference_numbers_are_whole():
     for name in ("release.json", "published_bottleneck.json"):
         runs = json.loads((ROOT / "reference" / name).read_text())["runs"]

@@ -1,4 +1,4 @@
-"""Damaged files: each is loaded right or reported in one line, never half, never as a traceback.
+"""Damaged files: each is loaded right, or reported in one line without a traceback.
 
 Seeded dice damage the files of two short runs and of two data sets in every way that comes to mind.
 """
@@ -135,7 +135,7 @@ def a_copy(runs, tmp_path):
 
 
 def loaded_or_reported(load, path, mutant):
-    """Returns what is loaded from a mutant, or None where its damage is reported."""
+    """Loads a mutant; returns None if its damage is reported."""
     path.write_bytes(mutant)
     try:
         return load()

@@ -326,5 +326,5 @@ def test_the_command_restores_what_it_prints(tmp_path, monkeypatch, capsys):
     metrics = tmp_path / NAMES[3] / "metrics.jsonl"
     metrics.write_text("mine")
     _, out, _ = retrieve(monkeypatch, capsys, second, "--output", tmp_path)
-    assert out == f"{metrics.parent}: has its metrics.jsonl, left as it is\n"
+    assert out == f"{metrics.parent}: has a metrics.jsonl, which is not changed\n"
     assert metrics.read_text() == "mine"

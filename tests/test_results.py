@@ -223,8 +223,8 @@ def test_a_killed_process_leaves_no_lock(tmp_path):
         pass
 
 
-def test_folders_are_set_aside_one_after_the_other(folder):
+def test_renamed_folders_are_numbered(folder):
     for i in (1, 2):
         folder.start(SETTINGS, {})
-        assert folder.set_aside() == folder.path.with_name(f"aside-{i}-seed-0")
+        assert folder.rename() == folder.path.with_name(f"aside-{i}-seed-0")
         assert not folder.path.exists()

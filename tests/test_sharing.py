@@ -144,7 +144,7 @@ def test_ctrl_c_ends_the_copies_of_torchrun_with_checkpoints(script, tmp_path):
         assert len(checkpoint_of(path)["epochs"]) >= 1
 
 
-def test_copies_with_force_set_a_folder_aside_once_and_not_while_it_is_in_use(
+def test_copies_with_force_rename_a_folder_once_and_not_while_it_is_in_use(
     script, start, tmp_path, one_thread
 ):
     command = [*LONG_RUN, "--seeds", "0", "1"]

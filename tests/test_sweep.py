@@ -1,4 +1,4 @@
-"""Sweeps: the command line, runs side by side, stopped, set aside, and one that fails."""
+"""Sweeps: the command line, runs side by side, other settings, interruptions, failures."""
 
 import dataclasses
 import json
@@ -193,7 +193,7 @@ def test_other_data_under_the_same_name_is_refused(start, tmp_path):
     assert code == 2 and err.count("\n") == 1 and f"data_crc32 is '{crc32}' there, now" in err
 
 
-def test_force_sets_folders_with_other_settings_aside(start, tmp_path):
+def test_force_renames_folders_with_other_settings(start, tmp_path):
     def run(batch_size, *more):
         return start(best_practices.main, *ONE_RUN, tmp_path, "--batch-size", batch_size, *more)
 
@@ -210,7 +210,7 @@ def test_force_sets_folders_with_other_settings_aside(start, tmp_path):
     assert content(one) == first
 
     code, out, err = run(200, "--force")
-    assert (code, err) == (0, "") and f"{one} set aside as {aside[0]}" in out
+    assert (code, err) == (0, "") and f"{one} renamed to {aside[0]}" in out
     assert content(aside[0]) == first
     second = content(one)
     assert RunFolder(one).load().settings["batch_size"] == 200

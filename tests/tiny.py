@@ -1,4 +1,4 @@
-"""Tiny data sets and runs, and what a run leaves on disk in a form that can be compared."""
+"""Tiny data sets and runs, and the files of a run in a form that can be compared."""
 
 import json
 import threading
