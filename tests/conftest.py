@@ -1,12 +1,19 @@
 """What the tests of the scripts share."""
 
+import os
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from matplotlib.figure import Figure
+from tiny import SIX_RUNS, sweep_outcome
 
 from mltools.errors import exit_code
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -47,3 +54,13 @@ def start(monkeypatch, capsys):
         return code, out, err
 
     return start
+
+
+@pytest.fixture(scope="session")
+def six_runs(tmp_path_factory):
+    """The outcome of SIX_RUNS, one after another and never disturbed, and the seconds they took."""
+    results = tmp_path_factory.mktemp("six-runs")
+    command = [sys.executable, "best_practices.py", *SIX_RUNS, "--quiet", "--results-dir", results]
+    start = time.monotonic()
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
+    return sweep_outcome(results), time.monotonic() - start

@@ -12,9 +12,9 @@ from dfatools import DFA, DFALayer, dfa_from_bp
 # Networks and batches
 
 
-def fc(widths=(7, 6, 9, 4), dtype=torch.float64, **options):
+def fc(widths=(7, 6, 9, 4), dtype=torch.float64, seed=0, **options):
     """Builds Linear layers with Tanh between them and a feedback point behind each Tanh."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     layers = [
         layer for sizes in zip(widths, widths[1:]) for layer in (nn.Linear(*sizes), nn.Tanh())
     ]
@@ -42,21 +42,29 @@ class Residual(nn.Sequential):
         return x + super().forward(x)
 
 
-class Recurrent(nn.Module):
-    """A cell called in each step, with a feedback point and a skip connection."""
+class ResidualInPlace(nn.Sequential):
+    """The same in value: adds to its input in place, behind that input's feedback point."""
 
-    def __init__(self, steps=2):
+    def forward(self, x):
+        return x.add_(super().forward(x))
+
+
+class Recurrent(nn.Module):
+    """A cell called in each of three steps, with a feedback point and a skip connection."""
+
+    def __init__(self, **options):
         super().__init__()
         self.first, self.cell, self.head = nn.Linear(7, 6), nn.Linear(6, 6), nn.Linear(6, 4)
-        self.point, self.steps = DFALayer(recurrent=True), steps
-        self.dfa = DFA(self)
+        self.point = DFALayer(recurrent=True)
+        self.dfa = DFA(self, **options)
+        self.double()
 
     def step(self, h):
         return self.point(torch.tanh(self.cell(h)) + h)
 
     def forward(self, x):
         h = self.first(x)
-        for _ in range(self.steps):
+        for _ in range(3):
             h = self.step(h)
         return self.dfa(self.head(h))
 

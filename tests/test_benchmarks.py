@@ -5,44 +5,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
-from dfatools import dfa_from_bp
 from mltools.networks import Network
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from harness import products
 
 N = 6
+CONVOLUTIONS = [25 * 2 * 32 * 15 * 16, 25 * 32 * 64 * 7 * 7, 25 * 64 * 64 * 3 * 3]
+LINEARS = [64 * 128, 128 * 3]
+FEEDBACK = 3 * 32 * 7 * 7  # one product, as wide as the widest point
+FORWARD = sum(CONVOLUTIONS + LINEARS)
 
 
-def fc():
-    layers = nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 9), nn.Tanh(), nn.Linear(9, 4)
-    return nn.Sequential(*layers)
-
-
-def test_of_a_fully_connected_network():
-    x, weights = torch.randn(N, 12), 12 * 8 + 8 * 9 + 9 * 4
-    # Forward and weight gradient of each layer; BP: the input gradient of all but the first.
-    count, works = products(fc(), x)
-    assert count == N * (2 * weights + 8 * 9 + 9 * 4) and len(works) == 3 * 2 + 2
-    # DFA: one product with the feedback matrix, as wide as the widest point, and no other.
-    count, works = products(dfa_from_bp(fc()), x)
-    assert count == N * (2 * weights + 4 * 9) and len(works) == 3 * 2 + 1
-    for work in works:
-        work()
-
-
-@pytest.mark.parametrize("placement, sent", [("release", 128 * 3), ("every-layer", 0)])
-def test_of_the_papers_cnn(placement, sent):
-    """Where the release has no feedback point, BP sends one gradient."""
-    model = Network("cnn").build((2, 15, 16), 3, placement)
-    images = 15 * 16, 7 * 7, 3 * 3
-    forward = sum(
-        25 * a * b * size for a, b, size in zip((2, 32, 64), (32, 64, 64), images, strict=True)
-    )
-    forward += 64 * 128 + 128 * 3
+@pytest.mark.parametrize("placement, method, other, count_of_works", [
+    ("every-layer", "dfa", FEEDBACK, 11),
+    ("release", "dfa", FEEDBACK + LINEARS[1], 12),  # BP before the last layer
+    ("every-layer", "bp", FORWARD - CONVOLUTIONS[0], 12),
+])  # fmt: skip
+def test_the_products_of_the_papers_cnn(placement, method, other, count_of_works):
+    model = Network("cnn").build((2, 15, 16), 3, placement, training_method=method)
     count, works = products(model, torch.randn(N, 2, 15, 16))
-    assert count == N * (2 * forward + sent + 3 * 32 * 7 * 7)
+    assert count == N * (2 * FORWARD + other) and len(works) == count_of_works
     for work in works:
         work()

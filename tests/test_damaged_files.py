@@ -4,7 +4,6 @@ Seeded dice damage the files of two short runs and of two data sets in every way
 """
 
 import io
-import json
 import random
 import re
 import shutil
@@ -14,14 +13,12 @@ from functools import partial
 import numpy as np
 import pytest
 import tiny
-import torch
 from faults import SOAK
 
 import best_practices
 from mltools.data import load_dataset
 from mltools.errors import UserError
 from mltools.networks import Network
-from mltools.results import RunFolder, check_metrics, check_settings
 from mltools.training import Experiment
 
 pytestmark = pytest.mark.usefixtures("one_thread", "quick_figures")
@@ -52,9 +49,12 @@ def flip_bits(dice, data, other):
     return bytes(data)
 
 
-def delete(dice, data, other):
-    start, end = block(dice, data)
-    return data[:start] + data[end:]
+def replace_block(dice, data, other):
+    """A block becomes nothing, zeros, random bytes, or a block of the other file."""
+    (start, end), (a, b) = block(dice, data), block(dice, other)
+    size = end - start
+    new = dice.choice((b"", bytes(size), dice.randbytes(size), other[a:b]))
+    return data[:start] + new + data[end:]
 
 
 def insert(dice, data, other):
@@ -62,28 +62,9 @@ def insert(dice, data, other):
     return data[:at] + dice.randbytes(dice.choice((1, 2, 4, 100))) + data[at:]
 
 
-def truncate(dice, data, other):
-    return data[: place(dice, data)]
-
-
-def behead(dice, data, other):
-    return data[place(dice, data) :]
-
-
-def swap(dice, data, other):
-    a, b, c = sorted(place(dice, data) for _ in range(3))
-    return data[:a] + data[b:c] + data[a:b] + data[c:]
-
-
-def zero(dice, data, other):
-    start, end = block(dice, data)
-    return data[:start] + bytes(end - start) + data[end:]
-
-
-def splice(dice, data, other):
-    start, end = sorted(dice.randrange(len(other) + 1) for _ in range(2))
+def lose_an_end(dice, data, other):
     at = place(dice, data)
-    return data[:at] + other[start:end] + data[at:]
+    return dice.choice((data[:at], data[at:]))
 
 
 def lines(dice, data, other):
@@ -103,12 +84,12 @@ def value(dice, data, other):
     return data[:start] + dice.choice(new) + data[end:]
 
 
-MUTATIONS = flip_bits, delete, insert, truncate, behead, swap, zero, splice, lines, value
+MUTATIONS = flip_bits, replace_block, insert, lose_an_end, lines, value
 
 
-def mutants(kind, data, other, count=MUTANTS):
+def mutants(kind, data, other):
     """Damaged copies of a file; each mutation has its turn."""
-    for number in range(count):
+    for number in range(MUTANTS):
         dice, mutant = random.Random(f"{kind} {number}"), data
         while mutant in (data, other):
             mutant = MUTATIONS[number % len(MUTATIONS)](dice, data, other)
@@ -145,27 +126,6 @@ def loaded_or_reported(load, path, mutant):
         return None
 
 
-@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl"])
-def test_damaged_results_are_reported_or_possible(runs, tmp_path, name):
-    one, other = (path / name for path in a_copy(runs, tmp_path))
-    reported = 0
-    for mutant in mutants(name, one.read_bytes(), other.read_bytes()):
-        result = loaded_or_reported(RunFolder(one.parent).load, one, mutant)
-        if result is None:
-            reported += 1
-            continue
-        check_settings(result.settings)
-        for metrics in result.epochs:
-            check_metrics(metrics)
-    assert reported > MUTANTS / 4
-
-
-def tensors(content):
-    if isinstance(content, dict):
-        return {key: tensors(value) for key, value in content.items()}
-    return content.tolist() if isinstance(content, torch.Tensor) else content
-
-
 def test_a_damaged_checkpoint_is_reported_or_resumed_right(runs, tmp_path):
     path, _ = a_copy(runs, tmp_path)
     checkpoint = path / "checkpoint.pt"
@@ -180,22 +140,21 @@ def test_a_damaged_checkpoint_is_reported_or_resumed_right(runs, tmp_path):
     assert reported > MUTANTS / 2
 
 
-@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_a_damaged_data_set_is_reported_or_loaded_right(tmp_path, save):
+def test_a_damaged_data_set_is_reported_or_loaded_right(tmp_path):
     def data_set(seed):
         dice, file = np.random.default_rng(seed), io.BytesIO()
         arrays = {}
         for split, count in (("train", 30), ("test", 12)):
             arrays[f"x_{split}"] = dice.integers(0, 256, (count, 6, 5), dtype=np.uint8)
             arrays[f"y_{split}"] = dice.integers(0, 10, count, dtype=np.uint8)
-        save(file, **arrays)
+        np.savez_compressed(file, **arrays)
         return file.getvalue()
 
     path, whole = tmp_path / "mnist.npz", data_set(0)
     path.write_bytes(whole)
     expected = load_dataset("MNIST", tmp_path).crc32
     reported = 0
-    for mutant in mutants(save.__name__, whole, data_set(1)):
+    for mutant in mutants("data set", whole, data_set(1)):
         data = loaded_or_reported(partial(load_dataset, "MNIST", tmp_path), path, mutant)
         reported += data is None
         assert data is None or data.crc32 == expected
@@ -207,7 +166,8 @@ def test_tables_of_damaged_results_are_whole_or_one_line(runs, tmp_path, start, 
     experiment = replace(best_practices.EXPERIMENTS[0], name=NAME)
     monkeypatch.setattr(best_practices, "EXPERIMENTS", [experiment])
     one, other = (path / name for path in a_copy(runs, tmp_path))
-    for mutant in mutants(name, one.read_bytes(), other.read_bytes(), MUTANTS // 4):
+    reported = 0
+    for mutant in mutants(name, one.read_bytes(), other.read_bytes()):
         one.write_bytes(mutant)
         code, out, err = start(
             best_practices.main, "--tables-only", "--results-dir", tmp_path, "--seeds", 0
@@ -215,24 +175,15 @@ def test_tables_of_damaged_results_are_whole_or_one_line(runs, tmp_path, start, 
         if code == 0:
             assert err == "" and out.startswith("### ")
         else:
+            reported += 1
             assert code == 2 and out == "" and err.count("\n") == 1 and str(one.parent) in err
+    assert reported > MUTANTS / 4
 
 
-@pytest.mark.parametrize("name", ["table.md", "table.csv", "table.tex", "report.html", "."])
-def test_a_results_folder_that_cannot_be_written_is_one_line(tmp_path, start, name):
-    blocked = tmp_path / "results" / "best_practices" / name
-    if name == ".":
-        blocked.parent.mkdir(parents=True)
-        blocked.write_text("mine")
-    else:
-        blocked.mkdir(parents=True)
-    arguments = ("--tables-only", "--results-dir", tmp_path / "results", "--experiments", "fc-tanh")
+@pytest.mark.parametrize("name", ["table.csv", "report.html"])
+def test_results_that_cannot_be_written_are_one_line(tmp_path, start, name):
+    blocked = tmp_path / "best_practices" / name
+    blocked.mkdir(parents=True)
+    arguments = ("--tables-only", "--results-dir", tmp_path, "--experiments", "fc-tanh")
     code, out, err = start(best_practices.main, *arguments)
-    assert code == (2 if name == "." else 1)
-    assert out == "" and err.count("\n") == 1 and str(blocked) in err
-
-
-def test_each_mutation_changes_something():
-    data = "".join(json.dumps({"a": i}) + "\n" for i in range(9)).encode()
-    for mutation in MUTATIONS:
-        assert any(mutation(random.Random(i), data, data[::-1]) != data for i in range(20))
+    assert (code, out) == (1, "") and err.count("\n") == 1 and str(blocked) in err

@@ -2,7 +2,6 @@
 
 import io
 import os
-import random
 import threading
 import time
 import zlib
@@ -60,22 +59,12 @@ def numbers(batches):
     return y.tolist()
 
 
-def tensors(dataset):
-    return [*dataset.train.dataset.tensors, *dataset.test.dataset.tensors]
-
-
 def error_line(name, folder):
     """The message of the UserError of a data set that cannot be loaded."""
     with pytest.raises(UserError) as caught:
         load_dataset(name, folder)
     assert "\n" not in str(caught.value)
     return str(caught.value)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    (tmp_path / "cifar10.npz").write_bytes(npz())
-    return tmp_path
 
 
 @pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
@@ -90,11 +79,19 @@ def resident(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("shape", [(4, 5, 3), (28, 28), (6, 7, 1)])
-def test_an_npz_file_is_normalised(tmp_path, shape):
+@pytest.mark.parametrize(
+    "shape, label_type, label_shape",
+    [((4, 5, 3), "u1", (-1,)), ((28, 28), ">i4", (-1, 1)), ((6, 7, 1), "i8", (-1,))],
+    ids=["colour", "grey", "one-channel"],
+)
+def test_an_npz_file_is_normalised(tmp_path, shape, label_type, label_shape):
     name, info = ("CIFAR-10", CIFAR) if shape[-1] == 3 else ("MNIST", DATASETS["MNIST"])
     content = arrays(shape=shape)
-    (tmp_path / f"{name.lower().replace('-', '')}.npz").write_bytes(npz(shape=shape))
+    labels = {
+        key: content[key].astype(label_type).reshape(label_shape) for key in ("y_train", "y_test")
+    }
+    file = tmp_path / f"{name.lower().replace('-', '')}.npz"
+    file.write_bytes(npz(shape=shape, **labels))
     loaded = load_dataset(name, str(tmp_path))
     channels = len(info.mean)
     assert (loaded.name, loaded.classes, loaded.input_shape) == (name, 10, (channels, *shape[:2]))
@@ -104,46 +101,25 @@ def test_an_npz_file_is_normalised(tmp_path, shape):
         images = content[f"x_{split}"].reshape(len(x), *shape[:2], channels)
         np.testing.assert_allclose(x, normalised(images, info), rtol=0, atol=2e-6)
         np.testing.assert_array_equal(y, content[f"y_{split}"])
-
-
-@pytest.mark.parametrize("shape", [(-1,), (-1, 1)], ids=["row", "column"])
-@pytest.mark.parametrize("dtype", [*np.typecodes["AllInteger"], ">i4"])
-def test_labels_may_be_of_any_integer_type_and_a_column(folder, dtype, shape):
-    expected, labels = load_dataset("CIFAR-10", folder), ("y_train", "y_test")
-    content = npz(**{key: arrays()[key].astype(dtype).reshape(shape) for key in labels})
-    (folder / "cifar10.npz").write_bytes(content)
-    found = load_dataset("CIFAR-10", folder)
-    assert all(map(torch.equal, tensors(found), tensors(expected)))
-    assert found.train.dataset.tensors[1].dtype == torch.int64
-    assert found.crc32 == expected.crc32
-
-
-def test_crc32_is_that_of_the_arrays_in_order(folder):
-    content = arrays()
     joined = b"".join(content[key].tobytes() for key in ("x_train", "y_train", "x_test", "y_test"))
-    assert load_dataset("CIFAR-10", folder).crc32 == f"{zlib.crc32(joined):08x}"
-    assert load_dataset("Digits", folder).crc32 == "280cb963"  # as in earlier results
+    assert loaded.crc32 == f"{zlib.crc32(joined):08x}"  # whatever the type of the labels
 
 
-def test_digits_come_with_the_code(tmp_path):
+def test_digits_come_with_the_code_and_are_enlarged_bilinearly(tmp_path):
     digits = load_dataset("Digits", tmp_path / "absent")
     assert not (tmp_path / "absent").exists()
     assert (digits.classes, digits.input_shape) == (10, (1, 32, 32))
     assert (len(digits.train), len(digits.test)) == (1500, 297)
-    x, y = digits.train.resident(torch.device("cpu"))
+    assert digits.crc32 == "280cb963"  # as in earlier results
+    x, _ = digits.train.resident(torch.device("cpu"))
     assert abs(x.mean()) < 1e-3 and abs(x.std() - 1) < 1e-3
-    shares = [np.bincount(y) / len(y) for y in (y, digits.test.dataset.tensors[1])]
-    np.testing.assert_allclose(*shares, atol=0.003)
-
-
-def test_digits_are_enlarged_bilinearly():
     with np.load(Path(data.__file__).with_name("digits.npz")) as archive:
         small = archive["x_train"].astype(float)
     # A matrix of weights per axis: output pixel i lies at (i + 1/2) / 4 - 1/2, clamped.
     at = np.clip((np.arange(32) + 0.5) / 4 - 0.5, 0, 7)
     weights = np.maximum(0, 1 - np.abs(at[:, None] - np.arange(8)))
-    x = load_dataset("Digits", ".").train.dataset.tensors[0][:, 0].numpy()
-    assert np.abs(x - weights @ small @ weights.T).max() <= 0.5001
+    pixels = digits.train.dataset.tensors[0][:, 0].numpy()
+    assert np.abs(pixels - weights @ small @ weights.T).max() <= 0.5001
 
 
 def test_a_wrong_name_lists_the_right_ones(tmp_path):
@@ -158,7 +134,6 @@ EXPECTED = (
 ZEROS = np.zeros(23, np.uint8)
 BAD_FILES = {
     "x_train is float64 [23, 4, 5, 3]": npz(x_train=np.zeros((23, 4, 5, 3))),
-    "x_train is uint8 [23, 4, 5]": npz(shape=(4, 5)),
     "x_train is uint8 [23, 3, 4, 5]": npz(shape=(3, 4, 5)),
     "x_test is uint8 [0, 4, 5, 3]": npz(test=0),
     "y_train is float64 [23] for 23 images": npz(y_train=np.zeros(23)),
@@ -166,12 +141,10 @@ BAD_FILES = {
     "y_train is uint8 [22] for 23": npz(y_train=ZEROS[:22]),
     "y_test has labels from 256 to 256": npz(y_test=np.full(7, 256)),
     "y_train has labels from -1 to 9": npz(y_train=np.arange(23) % 11 - 1),
+    "y_train has labels from 0 to 10": npz(y_train=np.arange(23) % 11),
     "x_train and x_test differ": npz(x_test=np.zeros((7, 5, 5, 3), np.uint8)),
     "y_test is not a file": npz().replace(b"y_test", b"t_test"),
     "File is not a zip file": npz()[:1000],
-    "Bad CRC-32": npz()[:1000] + bytes([npz()[1000] ^ 255]) + npz()[1001:],
-    "No data left": b"",
-    "pickled": b"<html>not found</html>",
     "allow_pickle=False": npz(x_train=np.array([print], dtype=object)),
 }
 
@@ -214,31 +187,27 @@ def fetched(monkeypatch):
     return Fetched
 
 
-def test_fetched_data_is_kept(tmp_path, fetched):
-    first, again = (load_dataset("CIFAR-10", tmp_path / "a" / "b") for _ in range(2))
-    assert fetched.downloads == 2  # of the two splits
-    assert all(map(torch.equal, tensors(first), tensors(again)))
-    assert first.train.dataset.tensors[1].tolist() == arrays()["y_train"].tolist()
-
-
 def test_threads_that_load_an_absent_data_set_at_once_fetch_it_once(tmp_path, fetched):
     barrier = threading.Barrier(4)
 
     def load_at_once(_):
         barrier.wait()
-        return load_dataset("CIFAR-10", tmp_path / "data")
+        return load_dataset("CIFAR-10", tmp_path / "a" / "b")
 
     with ThreadPoolExecutor(4) as pool:
-        loaded = [*pool.map(load_at_once, range(4))]
-    assert fetched.downloads == 2 and len({dataset.crc32 for dataset in loaded}) == 1
+        first, *others = pool.map(load_at_once, range(4))
+    assert fetched.downloads == 2  # of the two splits
+    assert {dataset.crc32 for dataset in others} == {first.crc32}
+    assert first.train.dataset.tensors[1].tolist() == arrays()["y_train"].tolist()
 
 
-def test_data_that_is_there_needs_no_lock(folder):
-    load_dataset("CIFAR-10", folder)
-    assert os.listdir(folder) == ["cifar10.npz"]
+def test_data_that_is_there_needs_no_lock(tmp_path):
+    (tmp_path / "cifar10.npz").write_bytes(npz())
+    load_dataset("CIFAR-10", tmp_path)
+    assert os.listdir(tmp_path) == ["cifar10.npz"]
 
 
-@pytest.mark.parametrize("kind", [ConnectionResetError, RuntimeError, AssertionError])
+@pytest.mark.parametrize("kind", [ConnectionResetError, RuntimeError])
 def test_a_failed_download_says_which_file_to_make(tmp_path, fetched, monkeypatch, kind):
     monkeypatch.setattr(fetched, "error", kind("no route\nto host"))
     line = error_line("CIFAR-10", tmp_path)
@@ -294,7 +263,7 @@ def test_imagewoof_is_scaled_cropped_and_kept(tmp_path, image_folder):
     assert y.tolist() == [0, 0, 0, 1, 1, 1] and x[:, :, 3, 3].tolist() == COLOURS
     assert (x[:, 2, :, 1:-1] == 255).all() and (x[:, 2] > 100).all()  # not black
     root.rename(tmp_path / "gone")
-    assert all(map(torch.equal, tensors(load_dataset("ImageWoof", tmp_path)), tensors(woof)))
+    assert load_dataset("ImageWoof", tmp_path).crc32 == woof.crc32
 
 
 def test_imagenet_streams_and_is_never_written(tmp_path, image_folder):
@@ -350,21 +319,17 @@ def test_a_loader_gives_all_samples_in_order(device, resident):
     assert {tensor.device.type for batch in loader for tensor in batch} == {device}
 
 
-@pytest.mark.parametrize("batch_size, count", [(10, 2), (11, 2), (12, 1), (23, 1)])
+@pytest.mark.parametrize("batch_size, count", [(10, 2), (12, 1), (23, 1)])
 def test_training_batches_are_full_and_in_seeded_order(device, resident, batch_size, count):
     loader = TrainingLoader(numbered(), batch_size, device, seed=5)
+    before = torch.get_rng_state()
     batches = list(loader.epoch(7))
+    assert torch.equal(torch.get_rng_state(), before)  # the global random state
     assert [len(y) for _, y in batches] == [batch_size] * count and len(loader) == count
     mixed = int(np.random.SeedSequence([5, 7]).generate_state(1)[0])
     order = torch.randperm(23, generator=torch.Generator().manual_seed(mixed)).tolist()
     assert numbers(batches) == order[: batch_size * count]
     assert {tensor.device.type for batch in batches for tensor in batch} == {device}
-
-
-def test_each_seed_and_epoch_has_its_own_complete_order():
-    loaders = [TrainingLoader(numbered(200), 20, "cpu", seed) for seed in range(3)]
-    orders = {tuple(numbers(loader.epoch(epoch))) for loader in loaders for epoch in range(3)}
-    assert len(orders) == 9 and all(sorted(order) == list(range(200)) for order in orders)
 
 
 @pytest.mark.parametrize("position", range(6))
@@ -378,23 +343,8 @@ def test_an_epoch_resumes_at_any_batch(device, resident, position):
         assert (loader.position, loader.left) == (position + len(rest), 5 - loader.position)
         rest.append(loader.take())
     assert [y.tolist() for _, y in rest] == [whole[i : i + 4] for i in range(4 * position, 20, 4)]
-
-
-def test_more_batches_than_are_left_are_refused(resident):
-    loader = TrainingLoader(numbered(), 4, "cpu")
-    loader.begin(0, 3)
-    with pytest.raises(ValueError, match="3 batches asked for, 2 left"):
-        loader.take_order(3)
-    assert loader.position == 3
-
-
-def test_at_gathers_the_samples_of_take_order(device):
-    loader = TrainingLoader(numbered(), 4, device)
-    whole = numbers(loader.epoch(1))
-    loader.begin(1, 1)
-    index = loader.take_order(2)
-    assert (index.dtype, index.device.type, loader.position) == (torch.int64, device, 3)
-    assert index.tolist() == numbers([loader.at(index)]) == whole[4:12]
+    with pytest.raises(ValueError, match="1 batches asked for, 0 left"):
+        loader.take()
 
 
 def test_all_loaders_of_a_split_share_its_tensors(device):
@@ -404,14 +354,7 @@ def test_all_loaders_of_a_split_share_its_tensors(device):
     assert pointers == {split.resident(torch.device(device))[0].data_ptr()}
 
 
-def test_the_global_random_state_is_left_alone(resident):
-    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
-    list(TrainingLoader(numbered(), 5, "cpu").epoch(0))
-    assert torch.equal(torch.get_rng_state(), before[0])
-    assert np.array_equal(np.random.get_state()[1], before[1]) and random.getstate() == before[2]
-
-
-@pytest.mark.parametrize("size", [-3, 0, 24])
+@pytest.mark.parametrize("size", [0, 24])
 def test_bad_batch_sizes(size):
     with pytest.raises(UserError, match=f"a batch size of {size} .* choose one of 1 to 23"):
         TrainingLoader(numbered(), size, "cpu")

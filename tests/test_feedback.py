@@ -48,8 +48,6 @@ def test_feedback_has_the_documented_deviation():
 
 def test_the_feedback_is_unknown_before_the_first_pass():
     model, used = fc(), fc()
-    with pytest.raises(RuntimeError, match="point 0 has not been fed yet"):
-        model.dfa.feedback(0)
     used(batch()[0])
     model.load_state_dict(used.state_dict())  # the matrix is there, the points' sizes are not
     with pytest.raises(RuntimeError, match="point 1 has not been fed yet"):
@@ -62,21 +60,13 @@ def test_the_feedback_is_unknown_before_the_first_pass():
     ((4, 3, 2, 5, 6), torch.channels_last_3d),
 ])  # fmt: skip
 def test_a_signal_has_the_memory_format_of_its_activation(shape, memory_format):
-    point = DFALayer()
+    point, signals = DFALayer(), []
     dfa = DFA(point)
-    hidden = torch.randn(shape, dtype=torch.float64).contiguous(memory_format=memory_format)
-    hidden = hidden.requires_grad_().tanh()
-    signals = []
+    hidden = torch.randn(shape).contiguous(memory_format=memory_format).requires_grad_().tanh()
     hidden.register_hook(signals.append)
     with dfa.one_pass():
-        output = dfa(point(hidden).flatten(1)[:, :2])
-    output.square().sum().backward()
-    (signal,) = signals
-    assert signal.stride() == hidden.stride()
-    error = 2 * hidden.detach().flatten(1)[:, :2]
-    size = hidden[0].numel()
-    expected = error @ dfa.feedback_matrix / math.sqrt(2 * size)
-    torch.testing.assert_close(signal, expected.view(shape), rtol=0, atol=1e-12)
+        dfa(point(hidden).flatten(1)).sum().backward()
+    assert signals[0].stride() == hidden.stride()
 
 
 @pytest.mark.parametrize("frozen", [0, 3, -2], ids=["first", "middle", "last"])
@@ -90,22 +80,6 @@ def test_a_frozen_layer_gets_no_gradient_and_changes_no_other(frozen):
     ]
     assert wanted.count(None) == 2
     assert_same(gradients(model, data), wanted)
-
-
-@pytest.mark.parametrize("used", [False, True], ids=["before-first-pass", "after"])
-def test_a_deep_copy_is_independent(used):
-    model, data = fc(generator=torch.Generator().manual_seed(2)), batch()
-    if used:
-        gradients(model, data)
-    duplicate = copy.deepcopy(model)
-    expected = gradients(model, data)
-    assert_same(gradients(duplicate, data), expected)
-    duplicate.dfa.training_method = "shallow"
-    duplicate.dfa.feedback_matrix.zero_()
-    with torch.no_grad():
-        duplicate[0].weight.zero_()
-    assert_same(gradients(model, data), expected)
-    assert gradients(duplicate, data)[0] is None
 
 
 def test_the_output_may_be_changed_in_place():
@@ -130,13 +104,11 @@ def test_an_output_without_features_is_one_number_per_sample(batch_dims, shape, 
 # Refused arguments
 
 
-@pytest.mark.parametrize("network, error, message", [
-    ([DFALayer()], TypeError, "takes the network of its DFALayers, not a list"),
-    (nn.Linear(2, 3), ValueError, "no DFALayer as a submodule: make the DFA after them"),
-])  # fmt: skip
-def test_bad_networks(network, error, message):
-    with pytest.raises(error, match=message):
-        DFA(network)
+def test_bad_networks():
+    with pytest.raises(TypeError, match="takes the network of its DFALayers, not a list"):
+        DFA([DFALayer()])
+    with pytest.raises(ValueError, match="no DFALayer as a submodule: make the DFA after them"):
+        DFA(nn.Linear(2, 3))
 
 
 @pytest.mark.parametrize("option, value", [
@@ -145,20 +117,14 @@ def test_bad_networks(network, error, message):
     ("batch_dims", 0),
     ("batch_dims", 1.0),
     ("feedback_dtype", torch.int8),
-    ("feedback_dtype", "bfloat16"),
 ])  # fmt: skip
 def test_bad_options_leave_the_network_as_it_was(option, value):
     model, data = fc(), batch()
     with pytest.raises(ValueError, match=f"{option} must be .*{value!r}"):
         DFA(model, **{option: value})
+    with pytest.raises(ValueError, match="training_method must be"):
+        model.dfa.training_method = "BP"
     assert_close(gradients(model, data), expected_gradients(model, data))
-
-
-def test_a_refused_training_method_changes_nothing():
-    dfa = DFA(DFALayer())
-    with pytest.raises(ValueError, match=r"one of \('dfa', 'bp', 'shallow'\), not 'BP'"):
-        dfa.training_method = "BP"
-    assert dfa.training_method == "dfa"
 
 
 def test_a_point_without_a_dfa():
@@ -175,17 +141,12 @@ def test_a_replica_is_refused():
         replica(torch.randn(8, 4))
 
 
-@pytest.mark.parametrize("wrong, kind", [
-    (lambda x: (x, x), "tuple"),
-    (lambda x: {"logits": x}, "dict"),
-    (lambda x: None, "NoneType"),
-])  # fmt: skip
-def test_anything_but_a_tensor_is_refused(wrong, kind):
+def test_anything_but_a_tensor_is_refused():
     model, (x, _) = fc(), batch()
-    with pytest.raises(TypeError, match=f"a feedback point takes one tensor, not a {kind}"):
-        model[2](wrong(x))
-    with pytest.raises(TypeError, match=f"DFA takes the output as one tensor, not a {kind}"):
-        model.dfa(wrong(x))
+    with pytest.raises(TypeError, match="a feedback point takes one tensor, not a tuple"):
+        model[2]((x, x))
+    with pytest.raises(TypeError, match="DFA takes the output as one tensor, not a dict"):
+        model.dfa({"logits": x})
 
 
 @pytest.mark.parametrize("batch_dims, sizes, message", [
@@ -196,6 +157,4 @@ def test_batch_dimensions_that_differ(batch_dims, sizes, message):
     model = with_dfa(DFALayer(), nn.Flatten(0), batch_dims=batch_dims)
     with pytest.raises(ValueError, match=message):
         model(torch.randn(sizes))
-    with torch.no_grad():
-        model(torch.randn(sizes))
-    assert model.dfa.feedback_matrix.numel() == 0  # neither pass has drawn it
+    assert model.dfa.feedback_matrix.numel() == 0  # the refused pass has drawn none

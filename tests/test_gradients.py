@@ -1,22 +1,32 @@
-"""Gradients of several kinds of networks, run in several ways, against explicit computations."""
+"""Gradients of several kinds of networks, run by several engines, against explicit formulas."""
 
+import copy
+import itertools
 import math
-from datetime import timedelta
+import weakref
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-
-# Imported before there is a process group, of which its default arguments would take hold.
-import torch.distributed.nn.functional
-from formulas import assert_close, batch, expected_gradients, fc, gradients, mean_loss
+from formulas import (
+    Recurrent,
+    Residual,
+    ResidualInPlace,
+    assert_close,
+    batch,
+    expected_gradients,
+    fc,
+    gradients,
+    mean_loss,
+    with_dfa,
+)
 from torch import nn
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from dfatools import DFA, DFALayer
+from dfatools import DFALayer, dfa_from_bp
+
+X, Y = batch()
 
 
 @pytest.mark.parametrize("normalization", [True, False])
@@ -49,127 +59,92 @@ def test_gradients_follow_the_equations(normalization, reduction, training):
 # Networks of several kinds
 
 
-class Network(nn.Module):
-    """A stem, blocks that begin with a feedback point, and a head that begins with one."""
-
-    def __init__(self, stem, blocks, head, **options):
-        super().__init__()
-        self.stem, self.blocks, self.head = stem, nn.ModuleList(blocks), head
-        self.dfa = DFA(self, **options)
-        self.recompute = False
-
-    def forward(self, x):
-        x = self.stem(x)
-        for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.recompute else block(x)
-        return self.dfa(self.head(x))
-
-
-class Residual(nn.Module):
-    """Two convolutions, a feedback point between them, and a skip connection around both."""
-
-    def __init__(self, inputs, outputs):
-        super().__init__()
-        self.point, self.inner = DFALayer(), DFALayer()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.norm1, self.norm2 = nn.BatchNorm2d(outputs), nn.BatchNorm2d(outputs)
-        self.skip = nn.Conv2d(inputs, outputs, 1)
-
-    def forward(self, x):
-        x = self.point(x)
-        h = self.inner(torch.tanh(self.norm1(self.conv1(x))))
-        return torch.tanh(self.norm2(self.conv2(h)) + self.skip(x))
-
-
-class Recurrent(nn.Module):
-    """One cell and one feedback point, called in each of three steps."""
-
-    def __init__(self, **options):
-        super().__init__()
-        self.cell, self.head = nn.Linear(7 + 6, 6), nn.Linear(6, 4)
-        self.point = DFALayer(recurrent=True)
-        self.dfa = DFA(self, **options)
-
-    def forward(self, x):
-        h = x.new_zeros(len(x), 6)
-        for step in range(3):
-            h = self.point(torch.tanh(self.cell(torch.cat([x * (step + 1), h], 1))))
-        return self.dfa(self.head(h))
-
-
-def mlp(**options):
-    blocks = [nn.Sequential(DFALayer(), nn.Linear(9, 9), nn.Tanh()) for _ in range(2)]
-    stem = nn.Sequential(nn.Linear(7, 9), nn.Tanh())
-    return Network(stem, blocks, nn.Sequential(DFALayer(), nn.Linear(9, 4)), **options)
-
-
 def cnn(**options):
-    stem = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.MaxPool2d(2))
-    block = nn.Sequential(DFALayer(), nn.Conv2d(3, 5, 3), nn.Tanh(), nn.Flatten())
-    return Network(stem, [block], nn.Sequential(DFALayer(), nn.Linear(20, 4)), **options)
+    layers = nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.MaxPool2d(2), nn.Conv2d(3, 5, 3)
+    bp = nn.Sequential(*layers, nn.Tanh(), nn.Flatten(), nn.Linear(20, 4))
+    return dfa_from_bp(bp, **options).double().to(memory_format=torch.channels_last)
 
 
 def resnet(**options):
-    stem = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Tanh())
-    head = nn.Sequential(DFALayer(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 4))
-    return Network(stem, [Residual(3, 4), Residual(4, 5)], head, **options)
+    body = Residual(
+        nn.Conv2d(3, 5, 3, padding=1, bias=False), nn.BatchNorm2d(5), nn.Tanh(), DFALayer(),
+        nn.Conv2d(5, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3),
+    )  # fmt: skip
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4)
+    return with_dfa(nn.Conv2d(2, 3, 3), DFALayer(), body, nn.Tanh(), DFALayer(), *head, **options)
 
 
 def transformer(**options):
-    head = nn.Sequential(DFALayer(), nn.LayerNorm(8), nn.Linear(8, 11))
-    layers = (nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True) for _ in range(2))
-    blocks = [nn.Sequential(DFALayer(), layer) for layer in layers]
-    return Network(nn.Embedding(11, 8), blocks, head, batch_dims=2, **options)
+    layers = [nn.Embedding(11, 8)]
+    for _ in range(2):
+        layers += [DFALayer(), nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)]
+    head = DFALayer(), nn.LayerNorm(8), nn.Linear(8, 11)
+    return with_dfa(*layers, *head, batch_dims=2, **options)
 
 
-SHAPES = {mlp: (7,), cnn: (2, 8, 8), resnet: (2, 6, 6), Recurrent: (7,)}
-NETWORKS = [mlp, cnn, resnet, transformer]
+SHAPES = {fc: (7,), cnn: (2, 8, 8), resnet: (2, 6, 6), Recurrent: (7,)}
+NETWORKS = [*SHAPES, transformer]
 
 
 def make(network, **options):
     """Builds a network, and draws a batch for it."""
     torch.manual_seed(0)
-    model = network(**options).double()
+    model = network(**options)
     if network is transformer:
         tokens = torch.randint(11, (8, 6), generator=torch.Generator().manual_seed(1))
         return model, (tokens[:, :-1], tokens[:, 1:])
     return model, batch(*SHAPES[network])
 
 
-def halves(x, y):
-    return list(zip(x.chunk(2), y.chunk(2)))
-
-
-@pytest.mark.parametrize("network", [*NETWORKS, Recurrent])
+@pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_eager(network, reduction):
-    model, data = make(network, reduction=reduction)
-    for batches in ([data], halves(*data)):
+def test_accumulated_gradients(network, reduction):
+    model, (x, y) = make(network, reduction=reduction)
+    for batches in ([(x, y)], [(x[:3], y[:3]), (x[3:], y[3:])]):
         assert_close(gradients(model, *batches), expected_gradients(model, *batches))
 
 
-def compiled(model):
+def test_an_activation_that_is_changed_in_place_behind_its_point():
+    """It gets e B_i at its point, and the true gradient through the sum."""
+
+    def build(block):
+        inner = block(DFALayer(), nn.Tanh(), nn.Linear(6, 6))
+        return with_dfa(nn.Linear(7, 6), inner, nn.Linear(6, 4))
+
+    model, reference = build(ResidualInPlace), build(Residual)
+    got = gradients(model, (X, Y))
+    reference.load_state_dict(model.state_dict())
+    assert_close(got, expected_gradients(reference, (X, Y)))
+
+
+def compiled(run, backend="aot_eager"):
     torch.compiler.reset()
-    return torch.compile(model, fullgraph=True, backend="aot_eager")
+    return torch.compile(run, fullgraph=True, backend=backend)
+
+
+def compiled_by_inductor(model):
+    return compiled(model, "inductor")
 
 
 def checkpointed(model):
-    return lambda x: checkpoint(model, x, use_reentrant=False)
+    """Has something behind the DFA, so that the DFA is computed again too."""
+    return lambda x: checkpoint(lambda x: model(x).log_softmax(-1), x, use_reentrant=False)
 
 
-def checkpointed_blocks(model):
-    model.recompute = True
-    return model
-
-
-@pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("engine", [compiled, checkpointed, checkpointed_blocks])
-def test_engines(network, engine):
-    model, data = make(network)
-    run = engine(model)
+def assert_gradients(run, model, x=X, y=Y):
+    """Checks two steps."""
     for _ in range(2):
-        assert_close(gradients(model, data, run=run), expected_gradients(model, data))
+        got = gradients(model, (x, y), run=run)
+        assert_close(got, expected_gradients(model, (x, y)))
+
+
+@pytest.mark.parametrize("network, engine", [
+    *[(network, engine) for network in NETWORKS for engine in (compiled, checkpointed)],
+    (cnn, compiled_by_inductor),
+])  # fmt: skip
+def test_engines(network, engine):
+    model, data = make(network, reduction="sum")
+    assert_gradients(engine(model), model, *data)
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -188,54 +163,140 @@ def test_functional_call_with_another_matrix(network):
         assert_close(got, expected_gradients(model, (x, y), matrix=matrix))
 
 
-# Two processes, half of the batch each
+# torch.compile
 
 
-def sharded(model):
-    for block in (*model.blocks, model.head):
-        fully_shard(block)
-    return fully_shard(model)
+def fc_with_matrix():
+    """Builds an `fc` network that has its feedback matrix."""
+    return fc(example=X.float())
 
 
-def work(rank, folder):
-    torch.set_num_threads(1)
-    found = {}
-    for engine in (DistributedDataParallel, sharded):
-        dist.init_process_group(
-            "gloo",
-            f"file://{folder}/{engine.__name__}",
-            rank=rank,
-            world_size=2,
-            timeout=timedelta(seconds=60),
-        )
-        for network in NETWORKS:
-            model, data = make(network)
-            parallel = engine(model)
-            torch.manual_seed(rank)  # each process would draw another matrix
-            got = gradients(parallel, halves(*data)[rank])
-            full = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in got]
-            found[engine.__name__, network.__name__] = full, model.dfa.feedback_matrix
-        del model, parallel
-        dist.destroy_process_group()
-    torch.save(found, f"{folder}/{rank}.pt")
+def test_a_compiled_model_takes_images_of_several_sizes():
+    layers = nn.Conv1d(2, 3, 3), nn.Tanh(), nn.Conv1d(3, 4, 3), nn.AdaptiveAvgPool1d(1)
+    model = dfa_from_bp(nn.Sequential(*layers, nn.Flatten())).double()
+    run = compiled(model)
+    for length in (12, 10, 9, 11):
+        assert_gradients(run, model, *batch(2, length))
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """Gradients and matrices of the two processes."""
-    folder = str(tmp_path_factory.mktemp("two"))
-    torch.multiprocessing.spawn(work, (folder,), nprocs=2)
-    return [torch.load(f"{folder}/{rank}.pt") for rank in range(2)]
+def test_a_compiled_model_changes_its_training_method():
+    model = fc_with_matrix()
+    run = compiled(model)
+    for method in ("dfa", "bp", "dfa"):
+        model.dfa.training_method = method
+        got = gradients(model, (X, Y), run=run)
+        assert_close(got, expected_gradients(model, (X, Y), detach=method == "dfa"))
 
 
-@pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("engine", [DistributedDataParallel, sharded])
-def test_two_processes(found, engine, network):
-    (first, matrix), (second, other) = (
-        result[engine.__name__, network.__name__] for result in found
-    )
-    assert torch.equal(matrix, other)
-    model, data = make(network)
-    wanted = expected_gradients(model, *halves(*data), matrix=matrix)
-    assert_close(first, wanted)
-    assert_close(second, wanted)
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_recurrence_whose_first_calls_are_compiled(number):
+    model = Recurrent()
+    model(X)
+    expected = expected_gradients(model, (X, Y))
+    steps = [compiled(model.step)] * number + [model.step] * (3 - number)
+    turns = itertools.cycle(steps)
+    model.step = lambda h: next(turns)(h)
+    for _ in range(2):
+        assert_close(gradients(model, (X, Y)), expected)
+
+
+def test_activations_of_a_compiled_part_are_not_mixed_with_those_of_another_call():
+    model = fc_with_matrix()
+    expected = expected_gradients(model, (X, Y))
+    first = compiled(model[:3])
+    model.forward = lambda x: nn.Sequential.forward(model[3:], first(x))
+    assert_close(gradients(model, (X, Y)), expected)
+    model[3:6](torch.randn(8, 6, dtype=X.dtype))
+    assert_close(gradients(model, (X, Y)), expected)
+
+
+# Activation checkpointing
+
+
+def blocks_and_points(model, x):
+    with model.dfa.one_pass():
+        for part in (model[:3], model[3:6]):
+            x = checkpoint(part, x, use_reentrant=False)
+        return model[6:](x)
+
+
+def reentrant_whole_network(model, x):
+    return checkpoint(model, x.clone().requires_grad_(), use_reentrant=True)
+
+
+@pytest.mark.parametrize("run", [blocks_and_points, reentrant_whole_network])
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_activation_checkpointing(run, early_stop):
+    model = fc()
+    with set_checkpoint_early_stop(early_stop):
+        assert_gradients(lambda x: run(model, x), model)
+
+
+def test_activation_checkpointing_in_a_compiled_function():
+    model = fc_with_matrix()
+
+    def run(x):
+        with model.dfa.one_pass():
+            x = model[2](checkpoint(model[:2], x, use_reentrant=False))
+            return model[5:](checkpoint(model[3:5], x, use_reentrant=False))
+
+    assert_gradients(compiled(run), model)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("asking", [False, True])
+@pytest.mark.parametrize("first, last", [(0, 3), (0, 2), (2, 5), (3, 5), (3, 7), (6, 7)])
+def test_reentrant_checkpointing_of_a_part_is_right_or_refused(first, last, asking):
+    """Parts that hold feedback points or follow one would leave parameters untrained."""
+    model = fc()
+    x = X.clone().requires_grad_(asking)
+
+    def run(x):
+        with model.dfa.one_pass():
+            hidden = checkpoint(model[first:last], model[:first](x), use_reentrant=True)
+            return model[last:](hidden)
+
+    if asking and (first, last) == (0, 2):
+        assert_gradients(run, model, x)
+    else:
+        with pytest.raises(RuntimeError, match="no gradient would get to .*reentrant=False"):
+            run(x)
+
+
+def test_activation_checkpointing_keeps_no_activation():
+    model, seen = fc(), []
+    model[1].register_forward_hook(lambda _, __, hidden: seen.append(weakref.ref(hidden)))
+    with set_checkpoint_early_stop(False):  # early stopping ends each second pass before the hook
+        F.cross_entropy(blocks_and_points(model, X), Y).backward()
+    assert len(seen) == 2 and not any(hidden() is not None for hidden in seen)
+
+
+def test_mixed_precision():
+    model = fc(example=X.float(), reduction="sum").float()
+    expected = expected_gradients(copy.deepcopy(model).double(), (X, Y))
+    scaler = torch.amp.GradScaler("cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = F.cross_entropy(model(X.float()), Y)
+    scaler.scale(loss).backward()
+    scaler.unscale_(torch.optim.SGD(model.parameters(), lr=0.1))
+    assert scaler.is_enabled() and loss.dtype == torch.float32
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        assert (parameter.grad - gradient).norm() < 0.03 * gradient.norm()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("network", [fc, cnn])
+@pytest.mark.parametrize("feedback_device", [None, "cpu"])
+def test_cuda(network, feedback_device):
+    model, (x, y) = make(network, feedback_device=feedback_device)
+    model(x)
+    expected = expected_gradients(model, (x, y))
+    state = {name: t for name, t in model.state_dict().items() if "feedback" not in name}
+    model.to("cuda")
+    assert model.dfa.feedback_matrix.device.type == (feedback_device or "cuda")
+    got = gradients(model, (x.cuda(), y.cuda()))
+    assert_close([gradient.cpu() for gradient in got], expected, 1e-10)
+    fresh, _ = make(network, feedback_device=feedback_device)
+    fresh.to("cuda").load_state_dict(state)
+    fresh(x.cuda())
+    assert fresh.dfa.feedback_matrix.device.type == (feedback_device or "cuda")

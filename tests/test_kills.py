@@ -18,18 +18,17 @@ import tiny
 from mltools.logs import parse_log
 
 EPOCHS = 3
-SCENARIOS = {
-    "fc-dropout": ("best_practices", ("--experiments", "fc-dropout-0.1-0.5")),
-    "fc-batchnorm": ("best_practices", ("--experiments", "fc-batchnorm")),
-    "cnn": ("best_practices", ("--experiments", "cnn-dropout-0.1-0.1")),
-    "bottleneck": ("bottleneck", ("--sizes", "118", "--init", "pai")),
+SCENARIOS = {  # script, arguments, and its share of 25 kills
+    "fc-dropout": ("best_practices", ("--experiments", "fc-dropout-0.1-0.5"), 8),
+    "fc-batchnorm": ("best_practices", ("--experiments", "fc-batchnorm"), 7),
+    "cnn": ("best_practices", ("--experiments", "cnn-dropout-0.1-0.1"), 2),
+    "bottleneck": ("bottleneck", ("--sizes", "118", "--init", "pai"), 8),
 }
 KINDS = {
     *("write config.json", "write log.txt", "write angles.npz", "write metrics.jsonl"),
     *("write checkpoint.pt", "write state.pt", "write table.csv", "write report.html"),
     *("fsync", "replace", "unlink"),
 }
-SHARE = {"fc-dropout": 8, "fc-batchnorm": 7, "cnn": 2, "bottleneck": 8}  # of 25 kills
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +40,7 @@ def processes():
 
 
 def start(processes, scenario, results, point, note):
-    script, arguments = SCENARIOS[scenario]
+    script, arguments, _ = SCENARIOS[scenario]
     common = "--dataset Digits --seeds 3 --device cpu --batch-size 64 --quiet".split()
     command = [*arguments, *common, "--epochs", str(EPOCHS), "--results-dir", str(results)]
     process = processes.Process(target=faults.run, args=(script, command, results, point, note))
@@ -83,7 +82,7 @@ def test_killed_at_any_instant_it_ends_as_if_nothing_had_been(processes, scenari
 
     dice = random.Random(scenario)
     kills = Counter()
-    quota = max(1, faults.SOAK * SHARE[scenario])
+    quota = max(1, faults.SOAK * SCENARIOS[scenario][2])
     for results in (tmp_path / f"round-{i}" for i in itertools.count()):
         reached, code = 0, None
         while code != 0:

@@ -24,20 +24,6 @@ def close(actual, expected):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-12)
 
 
-def test_a_linear_takes_the_step_of_its_formula():
-    layer, x, grad_output = Linear(7, 5).double(), randn(6, 7).requires_grad_(), randn(6, 5)
-    layer.lr = LR
-    w, b = (p.detach().numpy().copy() for p in layer.parameters())
-    output = layer(x)
-    output.backward(grad_output)
-    inputs, grads = x.detach().numpy(), grad_output.numpy()
-    close(output, inputs @ w.T + b)
-    close(layer.weight, w - LR * grads.T @ inputs)
-    close(layer.bias, b - LR * grads.sum(0))
-    close(x.grad, grads @ w)  # through the weight before its step
-    assert layer.weight.grad is None and layer.bias.grad is None
-
-
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("needs_input", [True, False], ids=["inner", "first"])
 @pytest.mark.parametrize(
@@ -121,9 +107,3 @@ def test_dropout_draws_what_torch_does(kind, torch_kind, shape, own):
     assert all(torch.equal(layer(x), values) for values in expected)
     assert torch.equal(torch.get_rng_state(), before) == own
     assert layer.eval()(x) is x
-
-
-def test_a_copy_of_a_dropout_has_a_copy_of_its_generator():
-    layer, x = Dropout(0.3), torch.ones(6, 5)
-    layer.generator = torch.Generator().manual_seed(3)
-    assert torch.equal(copy.deepcopy(layer)(x), layer(x))

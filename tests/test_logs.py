@@ -2,15 +2,15 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
+from made import STAMP, release_log
 
 import log_retrieval
 from mltools.logs import epoch_lines, heading, parse_log, settings_line
 from mltools.results import RunFolder
-
-STAMP = "2026-11-23 16:56:17"
 
 
 def metrics(epoch, shift=0.0):
@@ -53,28 +53,7 @@ def own_log(experiment="fc-tanh", seed=0, epochs=5, shift=0.0):
     return "".join(f"{STAMP}  {experiment} seed {seed}: {line}\n" for line in lines).encode()
 
 
-FC = ("0_Linear(in=3072)", "1_Tanh()", "2_Bottleneck(in=800)", "3_Tanh()", "4_Linear(out=10)")
 FC_NAMES = ["lin1", "act1", "lin2", "act2", "lin3"]
-
-
-def release_log(rate="0.8525", init="STD", epochs=4, layers=FC, seed=0):
-    """A log in the 2019 release's form, with its colours and its progress."""
-    lines = [
-        "\x1b[33m\x1b[1mEstablishing Baselines\x1b[0m\x1b[33m",
-        f"Seeding with \x1b[1m{seed}\x1b[0m.",
-        f"Training with a bottlenecking rate {rate} initialized by {init} for {epochs} epochs "
-        "on dataset CIFAR-10 with a batch size of 128:",
-    ]
-    for epoch in range(1, epochs + 1):
-        before = f", last epoch processed in {epoch - 1}.250048400879s" if epoch > 1 else ""
-        lines.append(f"   EPOCH {epoch}/{epochs}{before}:")
-        lines.append("       Batch 1/390 (loaded in 0.0004s, last batch forward in 0.0045s)")
-        lines += [f"{x} -- mean:0.{epoch}0{i:02}, std:0.0{i:02}1" for i, x in enumerate(layers)]
-        lines.append(
-            f"   Training loss: 0.01{epoch}5 (top-1:3{epoch}.5%) -- "
-            f"Validation loss: 0.01{epoch}0 (top-1:2{epoch}.5%)."
-        )
-    return "".join(f"{STAMP} -- {line}\n" for line in lines).encode()
 
 
 def names_of(runs):
@@ -85,14 +64,11 @@ def epochs_of(run):
     return [epoch["epoch"] for epoch in run.epochs]
 
 
-def test_the_lines_of_a_log():
+def test_the_lines_of_a_log_are_parsed_exactly():
     run = "fc-tanh seed 0"
     lines = [heading(run, 5, "CIFAR-10", "cpu"), settings_line(run, settings_of())]
     lines += [line for epoch in WHOLE for line in epoch_lines(run, epoch, 5)]
     assert lines == [line[21:] for line in own_log().decode().splitlines()]
-
-
-def test_a_log_is_parsed_exactly():
     (run,), skipped = parse_log(own_log())
     assert run.path == Path("fc-tanh/seed-0") and run.epochs == WHOLE and skipped == []
     assert run.settings == settings_of() and run.environment == {"retrieved": True}
@@ -187,8 +163,6 @@ def test_corrupt_bytes_cost_their_epoch_and_are_reported():
 
 @pytest.mark.parametrize("old, new, reason", [
     ("accuracy 31", "accuracy 131", "train_accuracy is 131.125"),
-    ("epoch 1/", "epoch 0/", "epoch is 0"),
-    ("loss 1.9", "loss -1.9", "train_loss is -1.9"),
     ("accuracy 30.5000", "accuracy nan", "test_accuracy is None"),
     ("mean 0.0800", "mean 1.0800", "mean is 1.08"),
 ])  # fmt: skip
@@ -293,38 +267,29 @@ def test_logs_that_the_release_wrote(path, names, epochs, accuracies, cosines):
     assert cosines.items() <= {name: c["mean"] for name, c in last["alignment"].items()}.items()
 
 
-def retrieve(monkeypatch, capsys, *arguments):
-    """Calls log_retrieval.py; returns its exit code, stdout and stderr."""
-    monkeypatch.setattr("sys.argv", ["log_retrieval.py", *map(str, arguments)])
-    try:
-        code = log_retrieval.main()
-    except SystemExit as end:
-        code = end.code
-    return code, *capsys.readouterr()
+def main():
+    """Runs log_retrieval.py as a script does."""
+    sys.exit(log_retrieval.main())
 
 
 NAMES = ["std-118/seed-0", "pai-1/seed-0", "pai-1/seed-0-attempt-2", "fc-tanh/seed-2"]
 
 
-def test_the_command_restores_what_it_prints(tmp_path, monkeypatch, capsys):
+def test_the_command_restores_the_folders_of_runs(start, tmp_path):
     logs = first, second = tmp_path / "a.txt", tmp_path / "b.txt"
     first.write_bytes(release_log() + 2 * release_log("0.99875", "PAI"))
     second.write_bytes(b"nothing\n" + own_log(seed=2))
-    code, printed, err = retrieve(monkeypatch, capsys, *logs)
-    assert (code, err) == (0, "")
-
     (tmp_path / NAMES[0]).mkdir(parents=True)
     (tmp_path / NAMES[0] / "state.pt").touch()  # of a finished run, which has no checkpoint
-    code, out, err = retrieve(monkeypatch, capsys, *logs, "--output", tmp_path)
+    code, out, err = start(main, *logs, "--output", tmp_path)
+    assert (code, err) == (0, "")
     assert out.splitlines() == [f"{tmp_path / n}: {e} epochs" for n, e in zip(NAMES, (4, 4, 4, 5))]
     runs = [RunFolder(tmp_path / name).load() for name in NAMES]
     assert [len(run.epochs) for run in runs] == [4, 4, 4, 5] and runs[3].epochs == WHOLE
     assert all(run.finished and run.environment == {"retrieved": True} for run in runs)
-    lines = [{"run": run.name, **epoch} for run in runs for epoch in run.epochs]
-    assert [json.loads(line) for line in printed.splitlines()] == lines
 
     metrics = tmp_path / NAMES[3] / "metrics.jsonl"
     metrics.write_text("mine")
-    _, out, _ = retrieve(monkeypatch, capsys, second, "--output", tmp_path)
+    _, out, _ = start(main, second, "--output", tmp_path)
     assert out == f"{metrics.parent}: has a metrics.jsonl, which is not changed\n"
     assert metrics.read_text() == "mine"

@@ -1,23 +1,28 @@
-"""The feedback matrix: the passes that draw it, and everything that saves, loads or copies it."""
+"""The feedback matrix: when it is drawn, saved, loaded and copied, its type and its device."""
+
+import copy
+import math
+from functools import partial
 
 import pytest
 import torch
-from formulas import assert_close, assert_same, batch, expected_gradients, gradients
+from formulas import assert_close, assert_same, batch, expected_gradients, fc, gradients, with_dfa
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
-from dfatools import DFA, DFALayer, dfa_from_bp, measure_alignment
+from dfatools import DFA, DFALayer, dfa_from_bp
 
-X, Y = batch(6, classes=3, dtype=torch.float32)
+X, Y = batch(dtype=torch.float32)
+TYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+
+network = partial(fc, dtype=torch.float32)
 
 
-def network(seed=0, widths=(6, 9, 3), **options):
-    torch.manual_seed(seed)
-    inputs, hidden, outputs = widths
-    bp = nn.Sequential(nn.Linear(inputs, hidden), nn.Tanh(), nn.Linear(hidden, outputs))
-    return dfa_from_bp(bp, **options)
+def own_type(dtype, seed=3, **options):
+    """Builds a float32 network whose matrix has a type of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    return network(feedback_dtype=dtype, generator=generator, **options)
 
 
 def run_pass(model, x=X):
@@ -27,7 +32,7 @@ def run_pass(model, x=X):
 
 
 def is_drawn(model):
-    return model.dfa.feedback_matrix.shape == (3, 9)
+    return model.dfa.feedback_matrix.shape == (4, 9)
 
 
 def is_empty(model):
@@ -39,7 +44,7 @@ def is_empty(model):
 
 def test_it_is_drawn_by_the_default_generator_or_by_a_given_one():
     torch.manual_seed(5)
-    expected = torch.randn(3, 9)
+    expected = torch.randn(4, 9)
     for seed, generator in ((5, None), (6, torch.Generator().manual_seed(5))):
         model = network(generator=generator)
         torch.manual_seed(seed)
@@ -62,12 +67,13 @@ def test_passes_without_gradients_and_other_methods_draw_none(method, mode):
 
 
 @pytest.mark.parametrize("method", ["dfa", "bp"])
-def test_an_example_draws_it_at_once_and_changes_nothing_else(method):
-    bp = nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9), nn.Dropout(), nn.Linear(9, 3))
-    bp[1].eval()
+@pytest.mark.parametrize("training", [True, False])
+def test_an_example_draws_it_at_once_and_changes_nothing_else(training, method):
+    bp = nn.Sequential(nn.Linear(7, 9), nn.BatchNorm1d(9), nn.Dropout(), nn.Linear(9, 4))
+    bp.train(training)[1].eval()
     with torch.no_grad():
         model = dfa_from_bp(bp, example=X, training_method=method)
-    assert is_drawn(model) and model.dfa.feedback(0).shape == (3, 9)
+    assert is_drawn(model) and model.dfa.feedback(0).shape == (4, 9)
     assert model.dfa.training_method == method
     for name, module in bp.named_modules():
         assert model.get_submodule(name).training == module.training
@@ -76,23 +82,12 @@ def test_an_example_draws_it_at_once_and_changes_nothing_else(method):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("method", ["dfa", "bp", "shallow"])
-def test_measuring_draws_it_under_any_method(method):
-    model = network(training_method=method)
-    measure_alignment(model, X, Y, F.cross_entropy)
-    assert is_drawn(model) and model.dfa.training_method == method
-
-
 def export():
     for strict in (False, True):
         model = network()
         torch.export.export(model, (X,), strict=strict)
         assert is_empty(model)
-        before = model[0].weight.clone()
-        matrix = run_pass(model)
-        assert type(matrix) is torch.Tensor and is_drawn(model)
-        torch.optim.SGD(model.parameters(), lr=0.1).step()
-        assert not torch.equal(model[0].weight, before)
+        assert type(run_pass(model)) is torch.Tensor and is_drawn(model)
 
 
 def test_an_export_draws_none():
@@ -113,31 +108,16 @@ def test_a_pass_of_fake_tensors_draws_none():
 # Sizes
 
 
-class Pooled(nn.Module):
-    """Takes images of any size; `extra` sends them through the other feedback point."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.head = nn.Conv2d(1, 4, 3, padding=1), nn.Linear(4, 3)
-        self.extra, self.point = DFALayer(), DFALayer()
-        self.dfa = DFA(self)
-
-    def forward(self, x, extra=False):
-        h = self.conv(x).tanh()
-        h = self.extra(h) if extra else self.point(h)
-        return self.dfa(self.head(h.mean((2, 3))))
-
-
 def test_larger_images_are_refused_only_where_they_are_fed_back_to():
-    model, large = Pooled(), torch.randn(8, 1, 16, 16)
-    run_pass(model, torch.randn(8, 1, 8, 8))
+    layers = nn.Conv2d(1, 4, 3, padding=1), DFALayer(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    model, large = with_dfa(*layers, nn.Linear(4, 4)).float(), torch.randn(8, 1, 16, 16)
+    run_pass(model, large[:, :, :8, :8])
+    feedback = model.dfa.feedback(0)
     with torch.no_grad():
         model(large)
     with pytest.raises(ValueError, match="has 1024 features, but the .* made for at most 256"):
-        model(large, extra=True)
-    assert model.dfa.feedback(1).shape == (3, 256)
-    with pytest.raises(RuntimeError, match="point 0 has not been fed"):
-        model.dfa.feedback(0)  # the refused pass has left no size behind
+        model(large)
+    assert torch.equal(model.dfa.feedback(0), feedback)  # the refused pass has left no size behind
     for method in ("bp", "shallow"):
         model.dfa.training_method = method
         run_pass(model, large)
@@ -145,14 +125,14 @@ def test_larger_images_are_refused_only_where_they_are_fed_back_to():
 
 @pytest.mark.parametrize("drawn", [False, True])
 def test_a_matrix_may_be_set(drawn):
-    model, data = network(normalization=False).double(), (X.double(), Y)
+    model, data = fc(normalization=False), batch()
     if drawn:
         gradients(model, data)
-    matrix = torch.arange(27, dtype=torch.float64).view(3, 9) / 27
+    matrix = torch.arange(36, dtype=torch.float64).view(4, 9) / 36
     model.dfa.feedback_matrix = matrix
     assert_close(gradients(model, data), expected_gradients(model, data, matrix=matrix))
-    model.dfa.feedback_matrix = matrix[:2]
-    with pytest.raises(ValueError, match="output of size 3, but .* was made for 2"):
+    model.dfa.feedback_matrix = matrix[:3]
+    with pytest.raises(ValueError, match="output of size 4, but .* was made for 3"):
         model(data[0])
 
 
@@ -160,18 +140,27 @@ def test_a_matrix_may_be_set(drawn):
 
 
 @pytest.mark.parametrize("used", [False, True], ids=["into-fresh", "into-used"])
-def test_a_state_dict_brings_its_matrix(used):
-    model, source = network(), network(seed=1)
-    expected = gradients(source, (X, Y))
+@pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
+@pytest.mark.parametrize("saved, dtype", [
+    (None, None), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32),
+    (torch.float32, torch.bfloat16),
+])  # fmt: skip
+def test_a_state_dict_brings_its_matrix(saved, dtype, assign, used):
+    model, source = own_type(dtype), own_type(saved, seed=4)
+    source(X)
     if used:
-        run_pass(model)
-    model.load_state_dict(source.state_dict())
-    assert model.dfa.feedback_matrix.data_ptr() != source.dfa.feedback_matrix.data_ptr()
-    assert_same(gradients(model, (X, Y)), expected)
+        model(X)
+    saved_matrix = source.dfa.feedback_matrix
+    model.load_state_dict(source.state_dict(), assign=assign)
+    assert assign or model.dfa.feedback_matrix.data_ptr() != saved_matrix.data_ptr()
+    for _ in range(2):
+        assert model.dfa.feedback_matrix.dtype == (dtype or torch.float32)
+        assert torch.equal(model.dfa.feedback_matrix, saved_matrix.to(dtype))
+        gradients(model, (X, Y))
 
 
 @pytest.mark.parametrize("used", [False, True], ids=["into-fresh", "into-used"])
-@pytest.mark.parametrize("entry", [None, torch.empty(0, 0), torch.empty(3, 9, device="meta")])
+@pytest.mark.parametrize("entry", [None, torch.empty(0, 0), torch.empty(4, 9, device="meta")])
 @pytest.mark.parametrize("assign", [False, True])
 def test_a_state_dict_without_a_matrix_leaves_the_matrix_as_it_is(entry, used, assign):
     """It comes from a BP network, a DFA network before its first pass, or a meta device."""
@@ -187,7 +176,7 @@ def test_a_state_dict_without_a_matrix_leaves_the_matrix_as_it_is(entry, used, a
 
 
 def test_a_matrix_of_another_size_is_refused():
-    source, fresh = network(widths=(6, 8, 3), example=X), network()
+    source, fresh = network((7, 6, 8, 4), example=X), network()
     matrix = {"dfa.feedback_matrix": source.dfa.feedback_matrix}
     with pytest.raises(RuntimeError, match="size mismatch for dfa.feedback_matrix"):
         network(example=X).load_state_dict(matrix, strict=False)
@@ -199,18 +188,13 @@ def test_a_matrix_of_another_size_is_refused():
 # Other ways to copy it
 
 
-@pytest.mark.parametrize("drawn", [False, True])
-def test_a_moving_average_has_the_matrix_or_is_refused(drawn):
+def test_a_moving_average_made_before_the_matrix_is_refused():
     """Other tools that copy buffers in place behave alike."""
-    model = network(example=X if drawn else None)
+    model = network()
     average = AveragedModel(model)
-    matrix = run_pass(model)
-    if drawn:
+    run_pass(model)
+    with pytest.raises(RuntimeError, match="size of tensor a .0. must match"):
         average.update_parameters(model)
-        assert torch.equal(average.module.dfa.feedback_matrix, matrix)
-    else:
-        with pytest.raises(RuntimeError, match="size of tensor a .0. must match"):
-            average.update_parameters(model)
 
 
 def test_shared_memory_before_the_matrix_is_refused():
@@ -230,4 +214,104 @@ def test_functional_calls_have_one_matrix(clone):
 
     first = gradients(model, (X, Y), run=run)
     assert_same(gradients(model, (X, Y), run=run), first)
-    assert parts["dfa.feedback_matrix"].shape == (3, 9)
+    assert parts["dfa.feedback_matrix"].shape == (4, 9)
+
+
+# Types
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_matrix_is_no_narrower_than_float32(dtype):
+    model = fc(dtype=dtype)
+    got = gradients(model, batch(dtype=dtype))
+    assert model.dfa.feedback_matrix.dtype == torch.promote_types(dtype, torch.float32)
+    assert {gradient.dtype for gradient in got} == {dtype}
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_gradients_are_as_exact_as_the_rounded_matrix(dtype):
+    model = own_type(dtype)
+    got = gradients(model, (X, Y))
+    drawn = torch.randn(4, 9, generator=torch.Generator().manual_seed(3))
+    matrix = model.dfa.feedback_matrix
+    assert matrix.dtype == dtype and torch.equal(matrix, drawn.to(dtype))
+    exact = copy.deepcopy(model).double()
+    expected = expected_gradients(exact, (X.double(), Y), matrix=matrix.double())
+    rounding = torch.finfo(dtype).eps + 8 * torch.finfo(torch.float32).eps  # of B_i, and of sums
+    for gradient, true in zip(got, expected, strict=True):
+        assert gradient.dtype == torch.float32
+        assert (gradient - true).norm() < 4 * rounding * true.norm()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("dtype", TYPES[:2])
+@pytest.mark.parametrize("columns", [9, 70])
+def test_signals_are_computed_in_float32(dtype, size, columns, monkeypatch):
+    monkeypatch.setattr("dfatools.feedback.BLOCK", 100)  # 33 columns are widened at a time
+    dfa = DFA(DFALayer(), feedback_dtype=dtype)
+    dfa.feedback_matrix = torch.randn(3, columns).to(dtype)
+    for error in (size * torch.randn(5, 3), torch.randn(5, 3).to(dtype)):
+        (signal,) = dfa.signals(error, [torch.Size((5, columns))])
+        expected = error.double() @ dfa.feedback_matrix.double() / math.sqrt(3 * columns)
+        assert signal.dtype == torch.float32
+        assert (signal - expected).norm() < 1e-6 * expected.norm()
+
+
+def test_signals_are_the_same_under_autocast():
+    model = network()
+    error, shapes = model(X).detach(), [torch.Size((8, 6)), torch.Size((8, 9))]
+    expected = model.dfa.signals(error, shapes)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same(model.dfa.signals(error, shapes), expected)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_the_type_is_kept(dtype):
+    model = own_type(dtype)
+    model(X)
+    matrix = model.dfa.feedback_matrix.clone()
+    for change in (nn.Module.bfloat16, nn.Module.double, nn.Module.half, nn.Module.float):
+        change(model)
+        assert model.dfa.feedback_matrix.dtype == dtype
+        assert torch.equal(model.dfa.feedback_matrix, matrix)
+    model.to("meta")
+    assert is_empty(model)
+
+
+# Devices
+
+
+@pytest.mark.parametrize("feedback_device", [None, "cpu"])
+def test_the_matrix_follows_the_model_but_stays_on_a_device_of_its_own(feedback_device):
+    model = network(feedback_device=feedback_device)
+    matrix = run_pass(model).clone()
+    model.double()
+    assert torch.equal(model.dfa.feedback_matrix, matrix.double())
+    model.to("meta", torch.float32)
+    assert model[0].weight.is_meta
+    expected = matrix if feedback_device else torch.empty(0, 0)
+    assert torch.equal(model.dfa.feedback_matrix, expected)
+
+
+def test_a_matrix_without_values_is_drawn_anew():
+    with torch.device("meta"):
+        model = network()
+        model(torch.randn(8, 7))
+    assert is_empty(model)
+    model.to_empty(device="cpu")
+    for layer in model[:-1:3]:
+        layer.reset_parameters()
+    torch.manual_seed(5)
+    model(X)
+    torch.manual_seed(5)
+    assert torch.equal(model.dfa.feedback_matrix, torch.randn(4, 9))
+
+
+def test_signals_go_where_the_activation_is():
+    point, head = DFALayer(), nn.Linear(7, 4)
+    dfa = DFA(point)
+    hidden = torch.zeros(8, 5, device="meta", requires_grad=True)
+    with dfa.one_pass():
+        point(hidden)
+        dfa(head(torch.randn(8, 7))).sum().backward()
+    assert hidden.grad.is_meta and hidden.grad.shape == (8, 5)

@@ -3,9 +3,9 @@
 import copy
 import math
 import pickle
-import threading
 import weakref
-from contextlib import nullcontext, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -69,7 +69,7 @@ def assert_usable(model):
         assert_fed(model, (model(A), A))
 
 
-# Parts, and several outputs
+# Right orders of calls
 
 
 def test_parts_called_by_themselves():
@@ -92,113 +92,6 @@ def test_several_outputs_in_one_pass_and_several_passes_before_the_backward_pass
     with model.dfa.one_pass():
         a, b = model(A), model(B)
     assert_fed(model, (a, A), (b, B))
-
-
-def encode_two_views(model, a, b):
-    """SimSiam's order: both views through the encoder, then both through the head."""
-    h, g = model.encode(a), model.encode(b)
-    return model.classify(h), model.classify(g)
-
-
-def test_interleaved_views_are_refused():
-    model = net(encode_two_views, recurrent=True)
-    message = r"second call in a pass came by its points \[0, 1\] times, its first \[2, 1\] times"
-    with pytest.raises(RuntimeError, match=message):
-        model(A, B)
-
-
-def encode_other_domain(model, a, b, remedy=False):
-    """Domain adaptation: the encoder also sees a batch that the DFA's output does not."""
-    h = model.encode(a)
-    with torch.set_grad_enabled(not remedy):
-        model.encode(b)
-    return model.classify(h)
-
-
-def test_an_encoder_that_sees_a_second_batch():
-    model = net(encode_other_domain)
-    with pytest.raises(RuntimeError, match=r"0 was called 2 times .* under torch.no_grad"):
-        model(A, B)
-    assert_fed(model, (model(A, B, remedy=True), A))
-
-
-def test_two_heads_on_one_encoding_are_refused():
-    model = net()
-    with model.dfa.one_pass():
-        h = model.encode(A)
-        model.classify(h)
-        with pytest.raises(RuntimeError, match=r"points \[0, 1\] times, its first \[1, 1\] times"):
-            model.classify(h)
-    assert_usable(model)
-
-
-def run_stage(model, x, stage=encode_and_classify):
-    return stage(model, x)
-
-
-def test_stages_that_are_passes_by_themselves_are_refused():
-    model = net(run_stage)
-    with pytest.raises(RuntimeError, match="a pass ended before its DFA.*one_pass"):
-        model(A, Net.encode)
-    with pytest.raises(RuntimeError, match="a pass ended before its DFA"), model.dfa.one_pass():
-        model.encode(A)
-    assert_usable(model)
-    with model.dfa.one_pass():
-        output = model(model(A, Net.encode), Net.classify)
-    assert_fed(model, (output, A))
-
-
-def test_parts_outside_of_a_pass():
-    model = net()
-    h = model.encode(A)  # detached, and not fed
-    with pytest.raises(RuntimeError, match="DFA was called outside of a pass: .*one_pass"):
-        model.classify(h)
-    assert_usable(model)
-    for method in ("bp", "shallow"):
-        model.dfa.training_method = method
-        mean_loss(model.classify(model.encode(A)), Y).backward()
-
-
-def test_a_pass_within_a_pass_is_refused():
-    model = net()
-    outer, inner = model.dfa.one_pass(), model.dfa.one_pass()
-    with pytest.raises(RuntimeError, match="one_pass was called in a pass"), outer, inner:
-        pass
-    assert_usable(model)
-
-
-def test_a_pass_that_calls_no_point_is_refused():
-    model = net()
-    model.point = model.inner = nn.Identity()
-    with pytest.raises(RuntimeError, match="no feedback point was called in this pass"):
-        model(A)
-
-
-def run_that_raises(error):
-    """Makes a forward pass that raises between its two points."""
-
-    def run(model, x):
-        model.encode(x)
-        raise error
-
-    return run
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-@pytest.mark.parametrize("explicit", [False, True])
-@pytest.mark.parametrize("recurrent", [False, True])
-def test_a_pass_that_raises_leaves_nothing_behind(error, explicit, recurrent):
-    model = net(run_that_raises(error), recurrent=recurrent)
-    for _ in range(2):
-        with pytest.raises(error), model.dfa.one_pass() if explicit else nullcontext():
-            model(A)
-    model.run = encode_and_classify
-    duplicate = copy.deepcopy(model)
-    if error is ValueError or explicit:  # PyTorch calls no hooks after KeyboardInterrupt
-        with pytest.raises(RuntimeError, match="outside of a pass"):
-            model.classify(torch.tanh(model.first(A)))
-    assert_usable(model)
-    assert_usable(duplicate)
 
 
 def teach(model, x, teaches=True):
@@ -225,6 +118,85 @@ def test_a_network_that_calls_itself_does_so_without_gradients_or_in_one_pass():
     assert_fed(model, (output, A))
 
 
+# Orders of calls that are refused
+
+
+def encode_two_views(model, x):
+    """SimSiam's order: both views through the encoder, then both through the head."""
+    h, g = model.encode(x), model.encode(2 * x)
+    return model.classify(h), model.classify(g)
+
+
+def classify_twice(model, x):
+    h = model.encode(x)
+    return model.classify(h), model.classify(h)
+
+
+def call_no_point(model, x):
+    return model.dfa(model.last(model.middle(model.first(x))))
+
+
+def begin_another_pass(model, x):
+    model.dfa.one_pass().__enter__()
+
+
+@pytest.mark.parametrize("run, recurrent, message", [
+    (Net.encode, False, "a pass ended before its DFA.*one_pass"),
+    (encode_two_views, False, r"0 was called 2 times .* under torch.no_grad"),
+    (encode_two_views, True, r"by its points \[0, 1\] times, its first \[2, 1\] times"),
+    (classify_twice, False, r"by its points \[0, 1\] times, its first \[1, 1\] times"),
+    (call_no_point, False, "no feedback point was called in this pass"),
+    (begin_another_pass, False, "one_pass was called in a pass"),
+])  # fmt: skip
+@pytest.mark.parametrize("explicit", [False, True])
+def test_refused_orders(run, recurrent, message, explicit):
+    model = net(run, recurrent)
+    with (
+        pytest.raises(RuntimeError, match=message),
+        model.dfa.one_pass() if explicit else nullcontext(),
+    ):
+        model(A)
+    model.run = encode_and_classify
+    assert_usable(model)
+
+
+def test_parts_outside_of_a_pass():
+    model = net()
+    h = model.encode(A)  # detached, and not fed
+    with pytest.raises(RuntimeError, match="DFA was called outside of a pass: .*one_pass"):
+        model.classify(h)
+    assert_usable(model)
+    for method in ("bp", "shallow"):
+        model.dfa.training_method = method
+        mean_loss(model.classify(model.encode(A)), Y).backward()
+
+
+def run_that_raises(error):
+    """Makes a forward pass that raises between its two points."""
+
+    def run(model, x):
+        model.encode(x)
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("explicit", [False, True])
+def test_a_pass_that_raises_leaves_nothing_behind(error, explicit):
+    model = net(run_that_raises(error), recurrent=True)
+    for _ in range(2):
+        with pytest.raises(error), model.dfa.one_pass() if explicit else nullcontext():
+            model(A)
+    model.run = encode_and_classify
+    duplicate = copy.deepcopy(model)
+    if error is ValueError or explicit:  # PyTorch calls no hooks after KeyboardInterrupt
+        with pytest.raises(RuntimeError, match="outside of a pass"):
+            model.classify(torch.tanh(model.first(A)))
+    assert_usable(model)
+    assert_usable(duplicate)
+
+
 # Activations
 
 
@@ -241,22 +213,6 @@ def test_activations_have_gradients_of_their_own():
         output.backward(error)
     wanted = 2 * error @ dfa.feedback_matrix / math.sqrt(4 * 3)
     assert_close([leaf.grad for leaf in leaves], [wanted, wanted])
-
-
-def test_an_activation_that_is_changed_in_place_behind_its_point():
-    """A residual block adds to its input, behind that input's point."""
-    torch.manual_seed(0)
-    point = DFALayer()
-    first, middle, last = (nn.Linear(*sizes).double() for sizes in ((6, 8), (8, 8), (8, 3)))
-    dfa, error = DFA(point), torch.randn(5, 3, dtype=torch.float64)
-    with dfa.one_pass():
-        h = first(A)
-        h += middle(torch.relu(point(h)))
-        dfa(last(h)).backward(error)
-    # The activation gets e B at its point, and the true gradient through the sum.
-    signal = error @ (dfa.feedback_matrix / math.sqrt(8 * 3) + last.weight)
-    below = (error @ last.weight).T @ torch.relu(first(A))
-    assert_close([first.weight.grad, middle.weight.grad], [signal.T @ A, below])
 
 
 def test_a_finished_pass_keeps_nothing_alive():
@@ -283,62 +239,33 @@ def test_a_copy_made_in_a_pass_begins_without_one(duplicate):
     assert_usable(other)
 
 
-def start_pass(model):
-    """Starts a pass in another thread, up to a place between its two points.
+def test_another_thread_is_refused_and_disturbs_nothing():
+    def attempt(model):
+        for begin in (lambda: model(B), model.dfa.one_pass().__enter__):
+            with pytest.raises(RuntimeError, match="in another thread: give each thread a copy"):
+                begin()
+        with pytest.raises(RuntimeError, match="outside of a pass"):
+            encode_and_classify(model, B)
+        for method in ("bp", "shallow"):
+            model.dfa.training_method = method
+            model(B)
+        model.dfa.training_method = "dfa"
 
-    Returns: a function that lets the thread finish, and returns its output.
-    """
-    barrier, outputs = threading.Barrier(2, timeout=10), []
-
-    def wait_between_points(model, x):
+    def attempt_between_points(model, x):
         h = model.encode(x)
-        barrier.wait()
-        barrier.wait()
+        model.run = encode_and_classify
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(attempt, model).result()
         return model.classify(h)
 
-    def finish():
-        barrier.wait()
-        thread.join()
-        return outputs[0]
-
-    model.run = wait_between_points
-    thread = threading.Thread(target=lambda: outputs.append(model(A)))
-    thread.start()
-    barrier.wait()
-    model.run = encode_and_classify
-    return finish
-
-
-def test_another_thread_is_refused_and_disturbs_nothing():
-    model = net()
-    finish = start_pass(model)
-    for attempt in (lambda: model(B), model.dfa.one_pass().__enter__):
-        with pytest.raises(RuntimeError, match="in another thread: give each thread a copy"):
-            attempt()
-    with pytest.raises(RuntimeError, match="outside of a pass"):
-        encode_and_classify(model, B)
-    assert_fed(model, (finish(), A))
-
-
-@pytest.mark.parametrize("method", ["bp", "shallow"])
-def test_other_methods_run_in_any_thread(method):
-    model = net()
-    model.dfa.training_method = method
-    finish = start_pass(model)
-    mean_loss(model(A), Y).backward()
-    finish()
+    model = net(attempt_between_points)
+    assert_fed(model, (model(A), A))
 
 
 def test_a_thread_that_was_ended_in_a_pass_is_forgotten():
     model = net(run_that_raises(SystemExit))
-
-    def run():
-        with suppress(SystemExit):
-            model(A)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
+    with ThreadPoolExecutor(1) as pool, pytest.raises(SystemExit):
+        pool.submit(model, A).result()
     model.run = encode_and_classify
     assert_usable(model)
 

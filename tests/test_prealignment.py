@@ -65,39 +65,27 @@ def test_points_outside_of_the_module_tree_and_inputs_by_keyword():
     assert_prealigned(Unregistered(model), ["kept.2", "kept.4"], {"images": x}, y)
 
 
-def test_convolutions_keep_their_weights():
-    model = dfa_from_bp(nn.Sequential(
-        nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Conv2d(3, 3, 3), nn.Tanh(), nn.Flatten(),
-        nn.Linear(12, 6), nn.Tanh(), nn.Linear(6, 4),
-    )).double()  # fmt: skip
-    assert_prealigned(model, ["5", "7"], *batch(2, 6, 6))
+class Product(nn.Sequential):
+    """The product of two layers on the same input."""
+
+    def forward(self, x):
+        left, right = self
+        return left(x) * right(x)
+
+
+@pytest.mark.parametrize("layers, shape, names", [
+    ([nn.Conv2d(2, 3, 3), DFALayer(), nn.Conv2d(3, 3, 3), nn.Tanh(), nn.Flatten(), DFALayer(),
+      nn.Linear(12, 6), nn.Tanh(), DFALayer(), nn.Linear(6, 4)], (2, 6, 6), ["6", "9"]),
+    ([nn.BatchNorm1d(7), nn.Linear(7, 6), nn.Tanh(), DFALayer(), nn.Linear(6, 4)], (7,), ["4"]),
+    ([Product(nn.Linear(7, 6), nn.Linear(7, 6)), DFALayer(), nn.Linear(6, 4)], (7,), ["2"]),
+], ids=["convolutions", "first-behind-batchnorm", "two-layers-on-the-input"])  # fmt: skip
+def test_other_layers_keep_their_weights(layers, shape, names):
+    assert_prealigned(with_dfa(*layers), names, *batch(*shape))
 
 
 def test_the_first_layer_keeps_its_weight_behind_an_input_that_asks_for_gradients():
     x, y = batch()
     assert_prealigned(fc(), ["2", "4"], x.requires_grad_(), y)
-
-
-def test_the_first_layer_keeps_its_weight_behind_batchnorm():
-    layers = nn.BatchNorm1d(7), nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 4)
-    assert_prealigned(dfa_from_bp(nn.Sequential(*layers)).double(), ["3"], *batch())
-
-
-class Branches(nn.Module):
-    """Two layers on the input, of which nothing is learned in front."""
-
-    def __init__(self):
-        super().__init__()
-        self.left, self.right, self.last = nn.Linear(7, 6), nn.Linear(7, 6), nn.Linear(6, 4)
-        self.point = DFALayer()
-        self.dfa = DFA(self)
-
-    def forward(self, x):
-        return self.dfa(self.last(self.point(torch.tanh(self.left(x) * self.right(x)))))
-
-
-def test_layers_on_the_input_keep_their_weights():
-    assert_prealigned(Branches().double(), ["last"], *batch())
 
 
 def test_layers_where_no_gradient_arrives_keep_their_weights():
@@ -111,12 +99,6 @@ def test_token_layers_take_all_tokens_as_samples():
     labels = torch.stack(4 * [y], 1)
     model = fc(batch_dims=2)
     assert_prealigned(model, ["2", "4"], x, labels, lambda output, y: F.cross_entropy(output.mT, y))
-
-
-def test_an_embedding_may_be_the_first_layer():
-    front = nn.Embedding(9, 7), nn.Flatten()  # two tokens a sample
-    model = with_dfa(*front, DFALayer(), nn.Linear(14, 6), nn.Tanh(), DFALayer(), nn.Linear(6, 4))
-    assert_prealigned(model, ["3", "6"], torch.randint(9, (8, 2)), torch.arange(8) % 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -147,8 +129,3 @@ def test_a_linear_that_is_used_twice_is_refused():
     model = dfa_from_bp(nn.Sequential(nn.Linear(7, 7), shared, nn.Tanh(), shared, nn.Linear(7, 4)))
     with pytest.raises(ValueError, match="each Linear to be used once; 1 is not"):
         prealign(model.double(), *batch(), F.cross_entropy)
-
-
-def test_a_model_without_dfa_is_refused():
-    with pytest.raises(ValueError, match="must hold one DFA"):
-        prealign(nn.Sequential(nn.Linear(7, 4)).double(), *batch(), F.cross_entropy)

@@ -11,21 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 from faults import SOAK
-from tiny import checkpoint_of, metrics_of, outcome
+from test_sweep import options
+from tiny import SIX_RUNS, checkpoint_of, metrics_of, sweep_outcome
 
 import best_practices
 from mltools.results import RunFolder
-from mltools.sweep import Options, run_sweep
+from mltools.sweep import run_sweep
 
 ROOT = Path(best_practices.__file__).parent
 KILLS = max(2, 3 * SOAK)
 TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
-DIGITS = "--dataset Digits --device cpu --batch-size 300".split()
-EIGHT_RUNS = [
-    *DIGITS,
-    *"--epochs 2 --seeds 0 1 2 3 --experiments fc-dropout-0.1-0.5 fc-batchnorm".split(),
-]
-LONG_RUN = [*DIGITS, *"--epochs 500 --seeds 0 --experiments fc-batchnorm".split()]
+LONG_RUN = (
+    "--dataset Digits --device cpu --batch-size 300 --epochs 500 --seeds 0 "
+    "--experiments fc-batchnorm"
+).split()
 FOLDER = Path("best_practices/fc-batchnorm/seed-0")
 
 
@@ -34,12 +33,13 @@ def script(tmp_path):
     """Starts copies of best_practices.py, of one thread each; their output goes to files."""
     started = []
 
-    def script(*command):
+    def script(results, *command, launcher=()):
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         path = tmp_path / f"output-{len(started)}"
+        command = [*launcher, "best_practices.py", *command, "--results-dir", results]
         with open(path, "w") as output:
             process = subprocess.Popen(
-                [sys.executable, *map(str, command)],
+                [sys.executable, *command],
                 cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT,
             )  # fmt: skip
         process.output = path
@@ -52,8 +52,13 @@ def script(tmp_path):
         process.wait()
 
 
-def copy(script, results, *command):
-    return script("best_practices.py", *command, "--results-dir", results)
+@pytest.fixture
+def two_cores():
+    """Gives a core to each of two copies."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(cores)[:2])
+    yield
+    os.sched_setaffinity(0, cores)
 
 
 def wait_for(condition):
@@ -63,37 +68,20 @@ def wait_for(condition):
         time.sleep(0.02)
 
 
-def all_outcomes(results):
-    runs = {path.relative_to(results): outcome(path) for path in results.glob("*/*/seed-*")}
-    return runs, (results / "best_practices" / "table.csv").read_text()
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """The outcome of the eight runs in one process, and the seconds that it took."""
-    results = tmp_path_factory.mktemp("alone")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "best_practices.py", *EIGHT_RUNS, "--results-dir", str(results)]
-    began = time.monotonic()
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
-    return all_outcomes(results), time.monotonic() - began
-
-
-def test_a_copy_takes_the_runs_of_one_that_was_killed(script, tmp_path, alone):
+def test_a_copy_takes_the_runs_of_one_that_was_killed(script, tmp_path, six_runs):
     """One of two copies is killed again and again, at random instants, and started again."""
-    expected, duration = alone
-    assert len(expected[0]) == 8
+    expected, duration = six_runs
     dice, kills, sweeps = random.Random(8), 0, 0
     while kills < KILLS:
         results = tmp_path / f"sweep-{sweeps}"
-        copies = [copy(script, results, *EIGHT_RUNS) for _ in range(2)]
+        copies = [script(results, *SIX_RUNS) for _ in range(2)]
         while kills < KILLS and any(process.poll() is None for process in copies):
             time.sleep(dice.uniform(0, duration))
             states = {path: path.stat().st_mtime_ns for path in results.glob("*/*/*/state.pt")}
             if copies[0].poll() is None:
                 copies[0].kill()
                 kills += 1
-                copies[0] = copy(script, results, *EIGHT_RUNS)
+                copies[0] = script(results, *SIX_RUNS)
             finished = {path for path in states if not (path.parent / "checkpoint.pt").exists()}
             time.sleep(0.1)
             assert all(path.stat().st_mtime_ns == states[path] for path in finished)
@@ -102,38 +90,30 @@ def test_a_copy_takes_the_runs_of_one_that_was_killed(script, tmp_path, alone):
             assert process.output.read_text().endswith(
                 (results / "best_practices" / "table.md").read_text() + "\n"
             )
-        assert all_outcomes(results) == expected
+        assert sweep_outcome(results) == expected
         sweeps += 1
     print(f"{kills} kills in {sweeps} sweeps")
 
 
-def test_torchrun_starts_copies_of_which_one_prints(script, tmp_path, alone):
-    cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, sorted(cores)[:2])  # a core for each copy
-    try:
-        torchrun = script(*TORCHRUN, "best_practices.py", *EIGHT_RUNS, "--results-dir", tmp_path)
-        assert torchrun.wait() == 0, torchrun.output.read_text()
-    finally:
-        os.sched_setaffinity(0, cores)
-    assert all_outcomes(tmp_path) == alone[0]
+def test_torchrun_starts_copies_of_which_one_prints(script, tmp_path, six_runs, two_cores):
+    torchrun = script(tmp_path, *SIX_RUNS, launcher=TORCHRUN)
+    assert torchrun.wait() == 0, torchrun.output.read_text()
+    assert sweep_outcome(tmp_path) == six_runs[0]
     output = torchrun.output.read_text()
-    assert output.count("| fc-batchnorm ") == 1 and output.count(": epoch ") == 16
+    assert output.count("| fc-batchnorm ") == 1 and output.count(": epoch ") == 12
 
 
 def test_a_copy_waits_for_a_run_that_another_one_holds_and_shows_it(script, tmp_path):
-    first = copy(script, tmp_path, *LONG_RUN, "--epochs", "20")
-    path = tmp_path / FOLDER
-    wait_for(path.exists)
-    second = copy(script, tmp_path, *LONG_RUN, "--epochs", "20")
+    first = script(tmp_path, *LONG_RUN, "--epochs", "20")
+    wait_for((tmp_path / FOLDER).exists)
+    second = script(tmp_path, *LONG_RUN, "--epochs", "20")
     assert first.wait() == second.wait() == 0, second.output.read_text()
-    assert len(metrics_of(path)) == 20
     assert "epochs of Digits" not in second.output.read_text()
     assert ": epoch 20/20: " in second.output.read_text()
 
 
 def test_ctrl_c_ends_the_copies_of_torchrun_with_checkpoints(script, tmp_path):
-    command = [*LONG_RUN, "--seeds", "0", "1", "--results-dir", tmp_path]
-    torchrun = script(*TORCHRUN, "best_practices.py", *command)
+    torchrun = script(tmp_path, *LONG_RUN, "--seeds", "0", "1", launcher=TORCHRUN)
     paths = [(tmp_path / FOLDER).with_name(f"seed-{seed}") for seed in (0, 1)]
     # Either process may start seconds after the other.
     wait_for(lambda: all((path / "metrics.jsonl").exists() for path in paths))
@@ -151,7 +131,7 @@ def test_copies_with_force_rename_a_folder_once_and_not_while_it_is_in_use(
     start(best_practices.main, *command, "--epochs", 1, "--results-dir", tmp_path, "--quiet")
     command += ["--epochs", "2", "--force"]
     with RunFolder(tmp_path / FOLDER).lock():
-        copies = [copy(script, tmp_path, *command) for _ in range(2)]
+        copies = [script(tmp_path, *command) for _ in range(2)]
         wait_for((tmp_path / FOLDER).with_name("aside-1-seed-1").exists)
         assert len(metrics_of(tmp_path / FOLDER)) == 1
     for process in copies:
@@ -170,21 +150,11 @@ def test_copies_of_torchrun_have_a_gpu_each(start, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("local, threads", [(1, 2), (2, 1), (5, 1)])
-def test_copies_of_torchrun_share_the_cores(
-    start, tmp_path, monkeypatch, one_thread, local, threads
-):
-    cores = os.sched_getaffinity(0)
+def test_copies_of_torchrun_share_the_cores(monkeypatch, one_thread, two_cores, local, threads):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
-    os.sched_setaffinity(0, sorted(cores)[:2])
-    try:
-        run_sweep("none", [], Options(
-            dataset="Digits", epochs=1, batch_size=8, seeds=(0,), device="cpu",
-            data_dir=tmp_path, results_dir=tmp_path,
-        ), None)  # fmt: skip
-        assert torch.get_num_threads() == threads
-    finally:
-        os.sched_setaffinity(0, cores)
+    run_sweep("none", [], options(), None)
+    assert torch.get_num_threads() == threads
 
 
 def test_other_launchers_variables_change_nothing(start, tmp_path, monkeypatch):

@@ -1,16 +1,15 @@
 """A run's arithmetic: its steps with and without each speed-up, alone and beside others."""
 
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from unittest.mock import Mock
+from unittest.mock import Mock, call
 
 import pytest
 import tiny
 import torch
 
 from mltools.data import Split
-from mltools.gpu import SharedLock, capture, own_stream
+from mltools.gpu import capture, own_stream
 from mltools.layers import Conv2d, Linear, MaxPool2d, Tanh
 from mltools.networks import Network
 from mltools.training import Experiment, Trainer
@@ -64,16 +63,6 @@ def assert_same_training(captured, plain):
     assert ours == theirs
 
 
-def train_in_float64(trainer):
-    """Two epochs in which rounding does not decide what a pooling picks."""
-    trainer.model.double()
-    for epoch in (1, 2):
-        trainer.begin(epoch)
-        while trainer.batches.left:
-            x, y = trainer.batches.take()
-            trainer.learn(x.double(), y)
-
-
 @NETWORKS
 @pytest.mark.parametrize("method", ["dfa", "bp"])
 def test_a_fast_step_agrees_with_a_plain_one(network, method):
@@ -89,26 +78,17 @@ def test_a_fast_step_agrees_with_a_plain_one(network, method):
             module.tanh = False
     plain.model.to(memory_format=torch.contiguous_format)
     assert any(isinstance(m, Linear) and m.lr == 5e-4 for m in fast.model.modules())
-    train_in_float64(fast), train_in_float64(plain)
+    for one in (fast, plain):
+        one.model.double()  # rounding shall not decide which of two pixels a pooling picks
+        one.begin(1)
+        while one.batches.left:
+            x, y = one.batches.take()
+            one.learn(x.double(), y)
     for name, value in plain.model.state_dict().items():
         ours = fast.model.state_dict()[name]
         torch.testing.assert_close(ours, value, rtol=0, atol=1e-12, msg=name)
         if name.endswith("weight"):
             assert not torch.equal(value, before[name]), name
-
-
-def test_training_totals_weigh_all_samples_alike():
-    one = trainer(Network(hidden=(8, 7, 6)), lr=0.0, batch_size=9)
-    one.begin(1)
-    batches = [one.batches.take() for _ in range(9)]
-    one.begin(1)
-    while one.batches.left:
-        one.step()
-    x, y = (torch.cat(tensors) for tensors in zip(*batches))
-    log_p = one.model(x).detach().double().log_softmax(1)
-    loss, accuracy = one.training_totals()
-    assert loss == pytest.approx(-log_p[torch.arange(81), y].mean().item(), rel=1e-6)
-    assert accuracy == pytest.approx(100 * (log_p.argmax(1) == y).double().mean().item())
 
 
 @DEVICES
@@ -124,7 +104,7 @@ def test_bf16_stays_close_to_float32(network, device):
         wanted = exact.model.get_parameter(name).detach() - start[name]
         got = p.detach() - start[name]
         if "lin" in name and name.endswith("weight"):
-            assert (got - wanted).norm() < 0.1 * wanted.norm() > 0, name
+            assert 1e-4 < (got - wanted).norm() / wanted.norm() < 0.1, name
     assert abs(mixed.evaluate()[0] - exact.evaluate()[0]) < 0.05
 
 
@@ -173,107 +153,63 @@ def test_runs_side_by_side_give_what_each_gives_alone(device, deterministic):
     assert all(a[0] != b[0] for a, b in zip(alone[::2], alone[1::2]))
 
 
-def test_one_thread_alone_waits_for_those_together():
-    lock, order = SharedLock(), []
-    inside, leave = threading.Event(), threading.Event()
-
-    def together():
-        with lock.together(), lock.together():
-            inside.set()
-            leave.wait()
-            order.append("together")
-
-    def alone():
-        with lock.alone():
-            order.append("alone")
-
-    with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(together)
-        inside.wait()
-        second = pool.submit(alone)
-        leave.set()
-        first.result(), second.result()
-    assert order == ["together", "alone"]
-
-
 # CUDA graphs
 
 
-@needs_cuda
+@DEVICES
 @NETWORKS
-def test_a_cuda_graph_gives_the_bits_of_single_launches(network, deterministic):
-    plain, captured = trainer(network, "cuda"), trainer(network, "cuda")
-    with own_stream(torch.device("cuda")):
+def test_a_launch_of_several_steps_gives_the_bits_of_single_ones(
+    network, device, deterministic, monkeypatch
+):
+    """On a CPU, the launch does the steps again."""
+    if device == "cpu":
+        monkeypatch.setattr("mltools.training.capture", lambda steps, state, generator: steps)
+    with own_stream(torch.device(device)):
+        plain, captured = trainer(network, device), trainer(network, device)
         captured.capture()
-        train(captured)
-    torch.cuda.synchronize()
-    train(plain)
-    assert_same_training(captured, plain)
-
-
-@NETWORKS
-def test_launches_of_several_steps_give_the_bits_of_single_ones(network, monkeypatch):
-    """On a CPU, with a launch that does the steps again."""
-    monkeypatch.setattr("mltools.training.capture", lambda steps, state, generator: steps)
-    plain, captured = trainer(network), trainer(network)
-    captured.capture()
-    train(plain, 3), train(captured, 3)
-    assert_same_training(captured, plain)
-    # Resumed within an epoch, it goes step by step up to the next launch.
-    captured.begin(4, 7), plain.begin(4, 7)
-    for left in (2, 1, 0):
-        captured.step(), plain.step()
-        assert captured.batches.left == plain.batches.left == left
-    assert_same_training(captured, plain)
+        train(plain, 3), train(captured, 3)
+        assert_same_training(captured, plain)
+        # Resumed within an epoch, it goes step by step up to the next launch.
+        captured.begin(4, 7), plain.begin(4, 7)
+        for left in (2, 1, 0):
+            captured.step(), plain.step()
+            assert captured.batches.left == plain.batches.left == left
+        assert_same_training(captured, plain)
 
 
 @pytest.mark.parametrize("fail", [False, True])
 def test_recording_leaves_no_trace(monkeypatch, fail):
-    """Against a stand-in for CUDA graphs: of the two calls that it takes, and where it fails."""
-    log = []
-
-    class Graph:
-        def register_generator_state(self, registered):
-            assert registered is generator
-
-        def capture_begin(self, capture_error_mode):
-            assert capture_error_mode == "thread_local"
-            log.append("begin")
-
-        def capture_end(self):
-            log.append("end")
-            if fail:
-                raise RuntimeError("operation not permitted when stream is capturing")
-
-        def replay(self):
-            log.append("replay")
-
-        def reset(self):
-            log.append("reset")
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "Event", Mock)
-    monkeypatch.setattr(torch.cuda, "current_stream", Mock())
+    """Against a stand-in for CUDA graphs; its calls and those of the steps are in order."""
+    graph = Mock()
+    for name in ("CUDAGraph", "Event", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, Mock(return_value=graph))
+    if fail:
+        graph.capture_end.side_effect = RuntimeError("not permitted when stream is capturing")
     weight, generator = torch.ones(3), torch.Generator().manual_seed(1)
     before = generator.get_state()
 
     def steps():
-        log.append("steps")
+        graph.steps()
         weight.add_(torch.rand(3, generator=generator))
 
     def record():
         with pytest.raises(RuntimeError, match="not permitted") if fail else nullcontext():
             return capture(steps, [weight], generator)
 
+    begin = call.capture_begin(capture_error_mode="thread_local")
+    recording = [
+        call.register_generator_state(generator),
+        call.steps(), begin, call.steps(), call.capture_end(),
+    ]  # fmt: skip
     launch = record()
-    assert log == ["steps", "begin", "steps", "end"]
+    assert graph.mock_calls == recording
     assert weight.tolist() == [1, 1, 1] and torch.equal(generator.get_state(), before)
     if not fail:
         launch(), launch()
-        assert log[4:] == ["replay"] * 2
-    log.clear()
+        assert graph.replay.call_count == 2
+    graph.reset_mock()
     record()  # on the same stream
-    assert log == ["reset"] * (not fail) + ["steps", "begin", "steps", "end"]
+    assert graph.mock_calls == [call.reset()] * (not fail) + recording
 
 
 def test_streamed_data_is_not_captured(monkeypatch):

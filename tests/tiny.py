@@ -30,6 +30,10 @@ def tiny(shape=(1, 4, 5), train=45, test=150):
 
 
 SMALL = Network(hidden=(8, 7, 6))
+SIX_RUNS = (
+    "--dataset Digits --device cpu --batch-size 300 --epochs 2 --seeds 0 1 2 "
+    "--experiments fc-dropout-0.1-0.5 fc-batchnorm"
+).split()
 
 
 def describe(experiment, **changes):
@@ -70,3 +74,10 @@ def outcome(path):
     angles = {layer: cosines.tolist() for layer, cosines in angles_of(path).items()}
     weights = {name: tensor.tolist() for name, tensor in state_of(path).items()}
     return metrics, angles, weights, sorted(file.name for file in path.iterdir())
+
+
+def sweep_outcome(results):
+    """The outcome of each run of best_practices.py, and the table."""
+    folder = results / "best_practices"
+    runs = {str(path.relative_to(folder)): outcome(path) for path in folder.glob("*/seed-*")}
+    return runs, (folder / "table.csv").read_text()
