@@ -17,27 +17,28 @@ from pathlib import Path
 
 from mltools.data import load_dataset
 from mltools.errors import exit_code, show
-from mltools.figures import Figure, accuracy_figure, alignment_figure, curves, final_figure
+from mltools.figures import ACCURACY, COSINE, Figure, epochs_figure, final_figure
 from mltools.networks import Network
 from mltools.report import write_report
 from mltools.results import RunResult
 from mltools.sweep import Options, is_first, load_runs, parse_options, run_sweep
-from mltools.tables import Table, protocols, reference_row, summarise, write_tables
+from mltools.tables import SPLITS, Table, protocols, reference_row, summarise, write_tables
 from mltools.training import Experiment
 
-# TODO: where the data is; what is not there is fetched.
-DATA_DIR = Path("data")
-# TODO: where the results go.
-RESULTS_DIR = Path("results")
-# TODO: what to train on; "Digits" needs no data.
-DATASET = "CIFAR-10"
-
 SCRIPT = "best_practices"
+OPTIONS = Options(
+    # TODO: where the data is; what is not there is fetched.
+    data_dir=Path("data"),
+    # TODO: where the results go.
+    results_dir=Path("results"),
+    # TODO: what to train on; "Digits" needs no data.
+    dataset="CIFAR-10",
+    # The 2019 protocol.
+    epochs=50,
+    batch_size=128,
+    seeds=range(10),
+)
 RELEASE = Path(__file__).resolve().parent / "reference" / "release.json"
-# The 2019 protocol.
-EPOCHS = 50
-BATCH_SIZE = 128
-SEEDS = range(10)
 # Hidden layers get the error summed over the batch, the output layer its mean.
 dfa = partial(Experiment, reduction="sum", learning_rate=5e-4)
 # Plain backpropagation under the mean loss.
@@ -72,29 +73,25 @@ ARCHITECTURES = [
 
 
 def main() -> None:
-    defaults = Options(
-        dataset=DATASET,
-        data_dir=DATA_DIR,
-        results_dir=RESULTS_DIR,
-        seeds=SEEDS,
-        epochs=EPOCHS,
-        batch_size=BATCH_SIZE,
-    )
-    options, chosen = parse_options(SCRIPT, __doc__, defaults, lambda options: EXPERIMENTS)
+    options, chosen = parse_options(SCRIPT, __doc__, OPTIONS, lambda options: EXPERIMENTS)
+    folder = options.results_dir / SCRIPT
     if not options.tables_only:
-        run_sweep(SCRIPT, chosen, options, load_dataset(options.dataset, options.data_dir))
-    folder, runs = options.results_dir / SCRIPT, load_runs(SCRIPT, chosen, options)
+        run_sweep(folder, chosen, options, load_dataset(options.dataset, options.data_dir))
+    runs = load_runs(folder, chosen, options.seeds)
     tables = make_tables(chosen, runs)
-    markdown = write_tables(folder, tables)
-    figures = make_figures(chosen, tables, runs, folder)
-    write_report(folder, "Best practices for Direct Feedback Alignment", tables, figures, runs)
+    markdown = write_tables(folder, [*tables.values()])
+    figures = make_figures(tables, folder)
+    title = "Best practices for Direct Feedback Alignment"
+    write_report(folder, title, [*tables.values()], figures, runs)
     if is_first():
         show(markdown)
 
 
-def make_tables(experiments: list[Experiment], runs: dict[str, list[RunResult]]) -> list[Table]:
+def make_tables(
+    experiments: list[Experiment], runs: dict[str, list[RunResult]]
+) -> dict[str, Table]:
     """Returns a table for each architecture, with the 2019 release's numbers beside ours."""
-    tables = []
+    tables = {}
     for title, architecture, layers in ARCHITECTURES:
         rows = []
         for experiment in experiments:
@@ -102,30 +99,21 @@ def make_tables(experiments: list[Experiment], runs: dict[str, list[RunResult]])
                 rows.append(summarise(experiment.name, runs[experiment.name]))
                 rows += reference_row(rows[-1], RELEASE, "2019 release")
         if rows:
-            tables.append(Table(f"{title}: {protocols(rows)}", rows, layers))
+            tables[architecture] = Table(f"{title}: {protocols(rows)}", rows, layers)
     return tables
 
 
-def make_figures(
-    experiments: list[Experiment],
-    tables: list[Table],
-    runs: dict[str, list[RunResult]],
-    folder: Path,
-) -> list[Figure]:
+def make_figures(tables: dict[str, Table], folder: Path) -> list[Figure]:
     """Draws the final alignment, and for each architecture the curves against epochs."""
-    figures = [final_figure(tables, folder / "alignment")]
-    for title, architecture, layers in ARCHITECTURES:
-        lines = {
-            experiment.name: curves(runs[experiment.name])
-            for experiment in experiments
-            if experiment.network.architecture == architecture
-        }
-        if lines:
-            stem = folder / f"{architecture}-alignment-epochs"
-            figures.append(alignment_figure(lines, layers, title, stem))
-            figures.append(
-                accuracy_figure(lines, title, folder / f"{architecture}-accuracy-epochs")
-            )
+    figures = [final_figure(tables.values(), folder / "alignment")]
+    for architecture, table in tables.items():
+        title = table.title.partition(":")[0]
+        # Rows of reference numbers have no curves.
+        lines = {"": {row.name: row.curves for row in table.rows if row.curves}}
+        stem = folder / f"{architecture}-alignment-epochs"
+        figures.append(epochs_figure(lines, table.layers, COSINE, title, stem))
+        stem = folder / f"{architecture}-accuracy-epochs"
+        figures.append(epochs_figure(lines, SPLITS, ACCURACY, title, stem))
     return [figure for figure in figures if figure]
 
 

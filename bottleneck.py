@@ -22,22 +22,10 @@ from mltools.networks import Network
 from mltools.sweep import Options, is_first, load_runs, parse_options, run_sweep
 from mltools.training import Experiment, option
 
-# TODO: where the data is; what is not there is fetched.
-DATA_DIR = Path("data")
-# TODO: where the results go.
-RESULTS_DIR = Path("results")
-# TODO: what to train on; "Digits" needs no data.
-DATASET = "CIFAR-10"
-
 SCRIPT = "bottleneck"
 PUBLISHED = Path(__file__).resolve().parent / "reference" / "published_bottleneck.json"
 WIDTH = 800
 SIZES = (1, 3, 5, 8, 11, 18, 28, 46, 73, 118, 191, 308, 496, 800)
-# The 2019 protocol, as in best_practices.py.
-EPOCHS = 50
-BATCH_SIZE = 128
-SEEDS = (0,)
-LEARNING_RATE = 5e-4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,19 +33,34 @@ class BottleneckOptions(Options):
     """The options of this script."""
 
     sizes: Sequence[int] = option(
-        f"the bottleneck sizes, 1 to {WIDTH}", SIZES, type=int, nargs="+", metavar="B"
+        f"the bottleneck sizes, 1 to {WIDTH}", SIZES, nargs="+", type=int, metavar="B"
     )
     init: Sequence[str] = option(
         "std: PyTorch's own initialisation; pai: pre-alignment",
         ("std", "pai"),
-        choices=("std", "pai"),
         nargs="+",
+        choices=("std", "pai"),
     )
     kind: str = option(
         f"gradient: B of {WIDTH} gradient entries pass on average; width: the layer has B units",
         "gradient",
         choices=("gradient", "width"),
     )
+
+
+OPTIONS = BottleneckOptions(
+    # TODO: where the data is; what is not there is fetched.
+    data_dir=Path("data"),
+    # TODO: where the results go.
+    results_dir=Path("results"),
+    # TODO: what to train on; "Digits" needs no data.
+    dataset="CIFAR-10",
+    # The 2019 protocol, as in best_practices.py.
+    epochs=50,
+    batch_size=128,
+    seeds=(0,),
+)
+LEARNING_RATE = 5e-4
 
 
 def experiments(options: BottleneckOptions) -> list[Experiment]:
@@ -83,19 +86,12 @@ def experiment(kind: str, init: str, size: int) -> Experiment:
 
 
 def main() -> None:
-    defaults = BottleneckOptions(
-        dataset=DATASET,
-        data_dir=DATA_DIR,
-        results_dir=RESULTS_DIR,
-        seeds=SEEDS,
-        epochs=EPOCHS,
-        batch_size=BATCH_SIZE,
-    )
-    options, chosen = parse_options(SCRIPT, __doc__, defaults, experiments)
+    options, chosen = parse_options(SCRIPT, __doc__, OPTIONS, experiments)
+    folder = options.results_dir / SCRIPT
     if not options.tables_only:
-        run_sweep(SCRIPT, chosen, options, load_dataset(options.dataset, options.data_dir))
-    runs = load_runs(SCRIPT, chosen, options)
-    markdown = write_bottleneck_report(runs, options.results_dir / SCRIPT, PUBLISHED)
+        run_sweep(folder, chosen, options, load_dataset(options.dataset, options.data_dir))
+    runs = load_runs(folder, chosen, options.seeds)
+    markdown = write_bottleneck_report(runs, folder, PUBLISHED)
     if is_first():
         show(markdown)
 

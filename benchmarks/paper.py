@@ -57,8 +57,7 @@ GROUPS: list[tuple[str, list[Experiment], float]] = [
 def train(experiments: Sequence[Experiment], options: Options, data: DataSet) -> float:
     """Returns the seconds of a sweep, whose results are thrown away."""
     with tempfile.TemporaryDirectory() as folder:
-        options = replace(options, results_dir=Path(folder))
-        run = partial(run_sweep, "paper", experiments, options, data)
+        run = partial(run_sweep, Path(folder), experiments, options, data)
         return seconds(run, torch.device(options.device))
 
 

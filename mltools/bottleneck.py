@@ -2,46 +2,29 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from mltools.errors import UserError
-from mltools.figures import (
-    ACCURACY,
-    COSINE,
-    Curves,
-    Figure,
-    Series,
-    curves,
-    epochs_figure,
-    sweep_figure,
-)
+from mltools.figures import ACCURACY, COSINE, LINES, Figure, epochs_figure, sweep_figure
 from mltools.logs import retrieve_log
 from mltools.report import write_report
 from mltools.results import RunFolder, RunResult, differences
-from mltools.tables import Row, Table, protocols, reference_row, summarise, write_tables
+from mltools.tables import SPLITS, Row, Table, protocols, reference_row, summarise, write_tables
 
 KINDS = {
     "": "Gradient bottleneck in the second layer",
     "width-": "Bottleneck of b units as the second layer",
 }
 INITS = {"std": "standard init", "pai": "pre-alignment"}
+# Colour, marker, and the marker of published train accuracies, whose open marker is taken.
+STYLES = {"std": ("#1f5fa8", "o", "x"), "pai": ("#d1711a", "s", "+")}
 LAYERS = ["act1", "act2", "act3"]
 LAYER = "act2"  # the output of the bottleneck layer
 IN_FRONT = ["lin1", "act1"]  # whose cosines in logs of the 2019 release do not measure alignment
-SPLITS = ["test", "train"]
 SIZE = "bottleneck size b"
 
-
-@dataclass
-class _Point:
-    """An experiment of the sweep."""
-
-    init: str
-    size: int
-    row: Row
-    published: list[Row]
-    curves: Curves
+Points = dict[tuple[str, int], list[Row]]
+"""Initialisation and size to the row of the experiment, and the published one if there is one."""
 
 
 def load_bottleneck_runs(*sources: Path) -> dict[str, list[RunResult]]:
@@ -89,10 +72,10 @@ def write_bottleneck_report(
     for prefix, title in KINDS.items():
         points = _points(runs, prefix, published)
         if points:
-            rows = [row for point in points for row in (point.row, *point.published)]
+            rows = [row for point in points.values() for row in point]
             tables.append(Table(f"{title}: {protocols(rows)}", rows, LAYERS))
             figures += _figures(points, title, folder, prefix)
-            shown |= {point.row.name: runs[point.row.name] for point in points}
+            shown |= {row.name: runs[row.name] for row, *_ in points.values()}
     if not tables:
         raise UserError("no run is of the bottleneck sweep: experiments are called std-118, ...")
     markdown = write_tables(folder, tables)
@@ -101,44 +84,39 @@ def write_bottleneck_report(
     return markdown
 
 
-def _points(runs: Mapping[str, Sequence[RunResult]], prefix: str, published: Path) -> list[_Point]:
+def _points(runs: Mapping[str, Sequence[RunResult]], prefix: str, published: Path) -> Points:
     """Returns the experiments of a kind, by initialisation and size."""
-    points = []
+    points = {}
     for name, found in runs.items():
         if match := re.fullmatch(rf"{prefix}(std|pai)-([1-9]\d*)", name):
-            row, lines = summarise(name, found), curves(found)
+            row = summarise(name, found)
             experiment = row.settings.get("experiment", {})
             # A log of the 2019 release has only the experiment's name. So has our log if its line
             # of settings is lost, but then the batch size is unknown.
             if list(experiment) == ["name"] and row.settings["batch_size"]:
                 for layer in IN_FRONT:
                     row.alignment.pop(layer, None)
-                    lines.pop(layer, None)
+                    row.curves.pop(layer, None)
             beside = reference_row(row, published, "published")
-            points.append(_Point(match[1], int(match[2]), row, beside, lines))
-    return sorted(points, key=lambda point: (list(INITS).index(point.init), point.size))
+            points[match[1], int(match[2])] = [row, *beside]
+    return {key: points[key] for init in INITS for key in sorted(points) if key[0] == init}
 
 
-def _figures(points: Sequence[_Point], title: str, folder: Path, prefix: str) -> list[Figure]:
+def _figures(points: Points, title: str, folder: Path, prefix: str) -> list[Figure]:
     """Draws alignment and accuracy, against the size with published numbers, and against epochs."""
-    alignment, accuracy, groups = [], [], {}
+    alignment, accuracy, groups = {}, {}, {}
     for init, label in INITS.items():
-        chosen = [point for point in points if point.init == init and point.row.test]
+        chosen = {b: rows for (i, b), rows in points.items() if i == init and rows[0].test}
         if chosen:
-            groups[label] = {str(point.size): point.curves for point in chosen}
-        for suffix in ("", ", published"):
-            rows = {
-                point.size: row
-                for point in chosen
-                for row in (point.published if suffix else [point.row])
-            }
+            groups[label] = {str(b): rows[0].curves for b, rows in chosen.items()}
+        for i, suffix in enumerate(("", ", published")):
+            rows = {b: found[i] for b, found in chosen.items() if found[i:]}
             cosines = {b: row.alignment[LAYER] for b, row in rows.items() if LAYER in row.alignment}
-            alignment.append(Series(label + suffix, cosines, init, reference=bool(suffix)))
+            alignment[label + suffix] = cosines, _style(init, "test", i == 1)
             for split in SPLITS:
                 spreads = {b: getattr(row, split) for b, row in rows.items()}
-                name = f"{label}, {split}{suffix}"
-                accuracy.append(Series(name, spreads, init, split, bool(suffix)))
-    layers = [layer for layer in LAYERS if any(point.curves.get(layer) for point in points)]
+                accuracy[f"{label}, {split}{suffix}"] = spreads, _style(init, split, i == 1)
+    layers = [x for x in LAYERS if any(row.curves.get(x) for row, *_ in points.values())]
     cosine = "cosine at the bottleneck layer"
     figures = [
         sweep_figure(alignment, title, SIZE, cosine, folder / f"{prefix}alignment"),
@@ -147,3 +125,15 @@ def _figures(points: Sequence[_Point], title: str, folder: Path, prefix: str) ->
         epochs_figure(groups, SPLITS, ACCURACY, title, folder / f"{prefix}accuracy-epochs", SIZE),
     ]
     return [figure for figure in figures if figure]
+
+
+def _style(init: str, split: str, published: bool) -> dict:
+    """Returns the style of a line; published numbers have open markers and no line."""
+    color, marker, marker_of_published_train = STYLES[init]
+    return {
+        "color": color,
+        "marker": marker_of_published_train if published and split == "train" else marker,
+        "linestyle": "none" if published else LINES[split],
+        "markerfacecolor": "none" if published or split == "train" else None,
+        "markersize": 5.5 if published else 3.5,
+    }

@@ -29,7 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,12 +38,8 @@ from filelock import FileLock
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from mltools.errors import UserError, one_line, reading
+from mltools.errors import UserError, user_errors
 from mltools.results import write_atomically
-
-if TYPE_CHECKING:  # importing torchvision may fail, see import_torchvision
-    from PIL.Image import Image
-    from torchvision.datasets import VisionDataset
 
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 
@@ -85,7 +81,7 @@ IMAGENETTE_LENGTHS = [9469, 3925]
 class Split:
     """The training or the test split of a data set."""
 
-    dataset: "TensorDataset | VisionDataset"
+    dataset: Any
     """Yields (uint8 image [C, H, W], label). A `TensorDataset` can be kept on a device."""
     mean: tuple[float, ...]
     """Per channel, of pixels in 0..1; `std` likewise."""
@@ -140,9 +136,6 @@ class Loader:
         self.device = torch.device(device)
         self._samples = split.resident(self.device)
 
-    def __len__(self) -> int:
-        return -(-len(self.split) // self.batch_size)
-
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if self._samples is None:
             return _stream(self.split, self.batch_size, self.device)
@@ -186,7 +179,10 @@ class TrainingLoader:
     def begin(self, epoch: int, position: int = 0) -> None:
         """Draws the order of an epoch (0 or more), to be taken from batch `position` on."""
         self.position = position
-        order = _permutation(len(self.split), self.seed, epoch)
+        # SeedSequence mixes its numbers: (0, 1) and (1, 0) have nothing in common. The order is
+        # drawn on the CPU, so it is the same for all devices.
+        seed = int(np.random.SeedSequence((self.seed, epoch)).generate_state(1)[0])
+        order = torch.randperm(len(self.split), generator=torch.Generator().manual_seed(seed))
         if not self.resident:
             rest = order[position * self.batch_size : len(self) * self.batch_size]
             self._streamed = _stream(self.split, self.batch_size, self.device, rest)
@@ -224,16 +220,13 @@ class TrainingLoader:
 def load_dataset(name: str, data_dir: str | os.PathLike) -> DataSet:
     """Reads a data set. Fetches it where it is absent, while other processes that need it wait.
 
-    Args:
-        name: a key of `DATASETS`, to the letter.
-        data_dir: folder of `<name>.npz`; fetched data is kept there too. ImageWoof (unless its
-            npz is there) and ImageNet must lie in it as image folders,
-            `imagewoof/{train,val}/<class>/*` and `imagenet/{train,val}/<class>/*`. ImageNet is
-            read image by image while training. Images of these two and of ImageNette are scaled
-            and cropped around the centre, to `Info.size`.
+    ImageWoof (unless its npz is there) and ImageNet must lie in `data_dir` as image folders,
+    `imagewoof/{train,val}/<class>/*` and `imagenet/{train,val}/<class>/*`. ImageNet is read image
+    by image while training. Images of these two and of ImageNette are scaled and cropped around the
+    centre, to `Info.size`.
 
-    Raises UserError for an unknown name, a file or folder with wrong contents, a download that
-    failed, or a folder that cannot be written.
+    Raises UserError for a name that is not a key of `DATASETS`, a file or folder with wrong
+    contents, a download that failed, or a folder that cannot be written.
     """
     if name not in DATASETS:
         raise UserError(f"unknown data set {name!r}; choose one of {', '.join(DATASETS)}")
@@ -322,20 +315,13 @@ def _stream(
         raise UserError(message) from error.with_traceback(None)  # a traceback holds the workers
 
 
-def _permutation(length: int, *key: int) -> Tensor:
-    """Draws a permutation that depends on `key` alone; on the CPU, so the same for all devices."""
-    # SeedSequence mixes its numbers: (0, 1) and (1, 0) have nothing in common.
-    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
-    return torch.randperm(length, generator=torch.Generator().manual_seed(seed))
-
-
 def _read(path: Path, info: Info) -> dict[str, np.ndarray]:
     """Reads the four arrays of an npz file, with labels as uint8 [N].
 
     Raises UserError if they are not a data set of the channels and classes of `info`.
     """
     remedy = f"it must hold {_form(info)}; correct it, or move it away to have it restored"
-    with reading(path, remedy), np.load(path, allow_pickle=False) as archive:
+    with user_errors(path, remedy), np.load(path, allow_pickle=False) as archive:
         arrays = {key: archive[key] for key in ARRAYS}
         for split in ("train", "test"):
             x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
@@ -361,15 +347,12 @@ def _form(info: Info) -> str:
 
 def _make(name: str, path: Path) -> None:
     """Fetches a data set and writes its npz file, unless another process has done so meanwhile."""
-    try:
+    with user_errors(path, "make room, or choose another data folder", "written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f".{path.name}.lock")):
             if not os.path.lexists(path):
                 arrays = _fetch(name, path)
                 write_atomically(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
-    except OSError as error:
-        remedy = "make room, or choose another data folder"
-        raise UserError(f"cannot write {path} ({one_line(error)}): {remedy}") from error
 
 
 def _fetch(name: str, path: Path) -> dict[str, np.ndarray]:
@@ -381,12 +364,9 @@ def _fetch(name: str, path: Path) -> dict[str, np.ndarray]:
     if info.source == "Imagenette":
         common = _images(info.size) | {"size": "160px"}
         options = [{"split": "train", **common}, {"split": "val", **common}]
-    try:
+    with user_errors(name, f"try again, or make {path} with {_form(info)}", "fetched"):
         source = getattr(import_torchvision().datasets, info.source)
         datasets = [source(path.parent, download=True, **option) for option in options]
-    except Exception as error:  # RuntimeError for a wrong checksum, and many more
-        remedy = f"try again, or make {path} with {_form(info)}"
-        raise UserError(f"cannot fetch {name} ({one_line(error)}): {remedy}") from error
     lengths = [len(dataset) for dataset in datasets]
     if info.source == "Imagenette" and lengths != IMAGENETTE_LENGTHS:
         found = f"holds {lengths} images, not {IMAGENETTE_LENGTHS}"
@@ -394,7 +374,7 @@ def _fetch(name: str, path: Path) -> dict[str, np.ndarray]:
     return _arrays(datasets)
 
 
-def _arrays(datasets: "list[VisionDataset]") -> dict[str, np.ndarray]:
+def _arrays(datasets: list) -> dict[str, np.ndarray]:
     """Returns the arrays of an npz file, from the training and the test split."""
     arrays: list[np.ndarray] = []
     for dataset in datasets:
@@ -408,19 +388,16 @@ def _arrays(datasets: "list[VisionDataset]") -> dict[str, np.ndarray]:
     return dict(zip(ARRAYS, arrays))
 
 
-def _image_folders(name: str, root: Path) -> "list[VisionDataset]":
+def _image_folders(name: str, root: Path) -> list:
     """Returns the train and val folders as data sets of (uint8 [3, size, size], label)."""
     info = DATASETS[name]
     image_folder = import_torchvision().datasets.ImageFolder
-    try:
+    with user_errors(root, f"put {name} there as train/<class>/* and val/<class>/*"):
         folders = [image_folder(root / split, **_images(info.size)) for split in ("train", "val")]
-    except OSError as error:
-        remedy = "put its images there as train/<class>/* and val/<class>/*"
-        raise UserError(f"cannot read {name} from {root} ({one_line(error)}): {remedy}") from error
-    train, val = (folder.classes for folder in folders)
-    if train != val or len(train) != info.classes:
-        counts = f"{len(train)} and {len(val)} class folders"
-        raise UserError(f"{root}: train and val have {counts}, not the same {info.classes}")
+        train, val = (folder.classes for folder in folders)
+        if train != val or len(train) != info.classes:
+            counts = f"{len(train)} and {len(val)} class folders"
+            raise ValueError(f"train and val have {counts}, not the same {info.classes}")
     return folders
 
 
@@ -431,7 +408,7 @@ def _images(size: int) -> dict:
     return {"transform": transforms.Compose(steps), "loader": _open_image}
 
 
-def _open_image(path: str | os.PathLike) -> "Image":
-    """Reads an image file, as RGB. Raises UserError if it is damaged."""
-    with reading(path, "replace it, or take it away"):
+def _open_image(path: str | os.PathLike) -> object:
+    """Reads an image file into a PIL image, as RGB. Raises UserError if it is damaged."""
+    with user_errors(path, "replace it, or take it away"):
         return import_torchvision().datasets.folder.default_loader(path)

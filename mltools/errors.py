@@ -18,19 +18,20 @@ def one_line(error: Exception) -> str:
 
 
 @contextmanager
-def reading(source: object, remedy: str) -> Iterator[None]:
-    """Turns every error of a block that reads a file into one UserError.
+def user_errors(source: object, remedy: str, verb: str = "read") -> Iterator[None]:
+    """Turns any error of a block into a UserError, `<source> cannot be <verb> (...): <remedy>`.
 
     Args:
         source: the file, or a place in it.
         remedy: the way to correct the error.
+        verb: completes "cannot be": "read", "written", ...
     """
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # json, zipfile, NumPy and PyTorch raise all kinds at a damaged file
-        raise UserError(f"{source} cannot be read ({one_line(error)}): {remedy}") from error
+        raise UserError(f"{source} cannot be {verb} ({one_line(error)}): {remedy}") from error
 
 
 def show(text: str, error: bool = False) -> bool:

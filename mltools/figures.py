@@ -20,8 +20,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
-from mltools.results import RunResult, write_atomically
-from mltools.tables import Spread, Table, counted_runs, spread
+from mltools.results import write_atomically
+from mltools.tables import Curve, Curves, Spread, Table
 
 COLUMN, PAGE = 3.4, 7.0  # inches
 STYLE: dict[Any, Any] = {
@@ -48,15 +48,8 @@ STYLE: dict[Any, Any] = {
 COLORS = "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #882255 #999933 #777777 #000000".split()
 MARKERS = "osD^vPX<>*p"
 LINES = {"test": "-", "train": "--"}
-# Colour, marker, and the marker of train accuracies of others, where the open marker is taken.
-SERIES = {"std": ("#1f5fa8", "o", "x"), "pai": ("#d1711a", "s", "+")}
 COSINE = "cosine with the BP gradient"
 ACCURACY = "accuracy (%)"
-
-Curve = dict[int, Spread]
-"""Epoch, or size in a sweep, to mean and standard deviation."""
-Curves = dict[str, Curve]
-"""Of one experiment over its seeds: `test` and `train` accuracy, and each layer's mean cosine."""
 
 
 @dataclass
@@ -69,51 +62,6 @@ class Figure:
     caption: str
     width: float
     """In print, in inches."""
-
-
-@dataclass
-class Series:
-    """One line of a figure against sizes."""
-
-    label: str
-    points: Curve
-    init: str
-    """A key of SERIES."""
-    split: str = "test"
-    """A key of LINES."""
-    reference: bool = False
-    """Whether to draw open markers without a line, for numbers that are not ours."""
-
-
-def curves(runs: Iterable[RunResult]) -> Curves:
-    """Returns the curves of an experiment over its runs that finished and did not diverge.
-
-    Where a log that a run was retrieved from lacks an epoch, the other seeds count.
-    """
-    found: dict[str, dict[int, list[float]]] = {"test": {}, "train": {}}
-    for run in counted_runs(runs):
-        for metrics in run.epochs:
-            values = {split: metrics[f"{split}_accuracy"] for split in LINES}
-            values |= {layer: cosine["mean"] for layer, cosine in metrics["alignment"].items()}
-            for key, value in values.items():
-                if value is not None:
-                    found.setdefault(key, {}).setdefault(metrics["epoch"], []).append(value)
-    return {
-        key: {epoch: spread(values) for epoch, values in sorted(epochs.items())}
-        for key, epochs in found.items()
-    }
-
-
-def alignment_figure(
-    experiments: Mapping[str, Curves], layers: Sequence[str], title: str, stem: Path
-) -> Figure | None:
-    """Draws alignment against epochs: a panel for each layer, a line for each experiment."""
-    return epochs_figure({"": experiments}, layers, COSINE, title, stem)
-
-
-def accuracy_figure(experiments: Mapping[str, Curves], title: str, stem: Path) -> Figure | None:
-    """Draws accuracy against epochs: a panel for each split, a line for each experiment."""
-    return epochs_figure({"": experiments}, list(LINES), ACCURACY, title, stem)
 
 
 @matplotlib.rc_context(STYLE)
@@ -168,12 +116,7 @@ def epochs_figure(
         ax.set_xlabel("epoch")
     figure.supylabel(ylabel)
     if order:
-        norm = BoundaryNorm(range(len(shown) + 1), len(shown))
-        scale = ScalarMappable(norm, ListedColormap(shades))
-        bar = figure.colorbar(scale, ax=axes, label=order, pad=0.02, aspect=30)
-        bar.set_ticks([i + 0.5 for i in range(len(shown))], labels=shown)
-        bar.ax.tick_params(length=0)
-        bar.minorticks_off()
+        _add_color_bar(figure, axes, shades, shown, order)
     else:
         _add_legend(figure, {label: handles[label] for label in shown})
     titles = ", ".join(ax.get_title() for ax in axes.flat)
@@ -237,33 +180,32 @@ def final_figure(tables: Iterable[Table], stem: Path) -> Figure | None:
 
 @matplotlib.rc_context(STYLE)
 def sweep_figure(
-    series: Iterable[Series], title: str, xlabel: str, ylabel: str, stem: Path
+    series: Mapping[str, tuple[Curve, dict[str, Any]]],
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    stem: Path,
 ) -> Figure | None:
-    """Draws series against sizes on a log axis."""
-    series = [line for line in series if line.points]
+    """Draws series against sizes on a log axis.
+
+    Args:
+        series: label to points, and their style as keyword arguments of `Axes.errorbar`.
+        title, xlabel, ylabel: texts of the axes and the caption.
+        stem: the path of the files, without suffix.
+    """
+    series = {label: line for label, line in series.items() if line[0]}
     if not series:
         _remove(stem)
         return None
     figure = matplotlib.figure.Figure((COLUMN, 2.5), layout="constrained")
     ax = figure.subplots()
     handles = {}
-    for line in series:
-        sizes, spreads = zip(*sorted(line.points.items()))
+    common: dict[str, Any] = {"markeredgewidth": 0.8, "capsize": 2, "elinewidth": 0.7}
+    for label, (points, style) in series.items():
+        sizes, spreads = zip(*sorted(points.items()))
         means, stds = _means_and_stds(spreads)
-        color, marker, train_reference = SERIES[line.init]
-        handles[line.label] = ax.errorbar(
-            sizes,
-            means,
-            yerr=stds if stds.any() else None,
-            color=color,
-            marker=train_reference if line.reference and line.split == "train" else marker,
-            linestyle="none" if line.reference else LINES[line.split],
-            markerfacecolor="none" if line.reference or line.split == "train" else None,
-            markersize=5.5 if line.reference else 3.5,
-            markeredgewidth=0.8,
-            capsize=2,
-            elinewidth=0.7,
-        )
+        bars = stds if stds.any() else None
+        handles[label] = ax.errorbar(sizes, means, yerr=bars, **common, **style)
     ax.set_xscale("log")
     ax.xaxis.set_major_formatter("{x:g}")
     ax.xaxis.set_minor_formatter(LogFormatter())  # plain numbers too, where there is room
@@ -297,6 +239,22 @@ def _draw_curve(ax: Axes, curve: Curve, shift: float, style: dict[str, Any]) -> 
         style = {"marker": "o", **style}  # a line of one point is invisible
     step = 1 + len(epochs) // 5
     return ax.plot(epochs, means, markevery=(int(shift * step), step), **style)[0]
+
+
+def _add_color_bar(
+    figure: matplotlib.figure.Figure,
+    axes: np.ndarray,
+    shades: np.ndarray,
+    labels: Sequence[str],
+    title: str,
+) -> None:
+    """Adds a bar of one shade for each label, in place of a legend."""
+    norm = BoundaryNorm(range(len(labels) + 1), len(labels))
+    scale = ScalarMappable(norm, ListedColormap(shades))
+    bar = figure.colorbar(scale, ax=axes, label=title, pad=0.02, aspect=30)
+    bar.set_ticks([i + 0.5 for i in range(len(labels))], labels=labels)
+    bar.ax.tick_params(length=0)
+    bar.minorticks_off()
 
 
 def _add_legend(figure: matplotlib.figure.Figure, handles: Mapping[str, Any]) -> None:

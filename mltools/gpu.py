@@ -46,7 +46,7 @@ class SharedLock:
 
 process_state = SharedLock()
 """Held alone to change the default generators or to record a CUDA graph, of which a process can
-do one at a time; held together where the generators must stay as they are."""
+record one at a time; held together where the generators must stay as they are."""
 
 
 @contextmanager

@@ -10,28 +10,23 @@ concatenated. The logs of the 2019 release, in another format, can be parsed as 
 """
 
 import json
-import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 from mltools import results
-from mltools.errors import UserError, one_line, reading, show
-from mltools.results import Metrics, RunFolder, RunResult
+from mltools.errors import UserError, one_line, show, user_errors
+from mltools.results import Metrics, RunFolder, RunResult, make_metrics, rounded
 
 
-def heading(run: str, epochs: int, dataset: str, device: object) -> str:
-    """Returns the line that begins a run; `run` is its name, such as `fc-tanh seed 0`."""
-    return f"{run}: {epochs} epochs of {dataset} on {device}"
-
-
-def settings_line(run: str, settings: dict) -> str:
-    """Returns the line that has all settings of a run."""
-    return f"{run}: settings {json.dumps(settings)}"
+def first_lines(run: str, settings: dict, device: object) -> tuple[str, str]:
+    """Returns the heading and the settings of a run called `run`, such as `fc-tanh seed 0`."""
+    heading = f"{run}: {settings['epochs']} epochs of {settings['dataset']} on {device}"
+    return heading, f"{run}: settings {json.dumps(settings)}"
 
 
 def number_text(value: float | None, digits: int = 4) -> str:
@@ -84,8 +79,7 @@ _KINDS = {
 _BEGINNING = _compile(r"\r|\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (?:-- +)?")
 
 
-@dataclass
-class Skipped:
+class Skipped(NamedTuple):
     """A damaged line, by its number from 1, or a gap in a run, whose number is 0."""
 
     line: int
@@ -100,23 +94,18 @@ def parse_log(data: bytes) -> tuple[list[RunResult], list[Skipped]]:
     """
     # Colours are removed; corrupt bytes become a character that no pattern matches.
     text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", data.decode("utf-8", errors="replace"))
-    reader, skipped = _Reader(), []
+    runs: list[RunResult] = []
+    skipped: list[Skipped] = []
+    ours, release = _OwnReader(runs), _ReleaseReader(runs)
     for number, line in enumerate(text.split("\n"), 1):
         for part in map(str.strip, _BEGINNING.split(line)):
             try:
-                reader.read(part)
-                reader.read_release(part)
+                ours.read(part)
+                release.read(part)
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 shown = "".join(c if c.isprintable() else "\ufffd" for c in part[:60])
                 skipped.append(Skipped(number, f"{one_line(error)}: {shown}"))
-    runs: list[RunResult] = []
-    for run in (run for run in reader.runs if run.epochs):
-        same = [known for known in runs if known.settings == run.settings]
-        if same and id(run) in reader.described:  # it began again, and has the same numbers
-            epochs = {metrics["epoch"]: metrics for metrics in same[0].epochs + run.epochs}
-            same[0].epochs = [epochs[number] for number in sorted(epochs)]
-        else:
-            runs.append(run)
+    runs = [run for run in runs if run.epochs]
     attempts: Counter[Path] = Counter()
     for run in runs:
         attempts[run.path] += 1
@@ -132,12 +121,11 @@ def retrieve_log(path: Path) -> list[RunResult]:
 
     Raises UserError if the file cannot be read.
     """
-    with reading(path, "give the path of a log"):
+    with user_errors(path, "give the path of a log"):
         data = path.read_bytes()
     runs, skipped = parse_log(data)
-    for skip in skipped:
-        place = f"{path}:{skip.line}" if skip.line else path
-        show(f"{place}: skipped, {skip.reason}", error=True)
+    for line, reason in skipped:
+        show(f"{path}{f':{line}' if line else ''}: skipped, {reason}", error=True)
     return runs
 
 
@@ -172,42 +160,63 @@ def _gaps(run: RunResult) -> Iterator[str]:
             yield f"epoch {metrics['epoch']} lacks the alignment of {', '.join(missing)}"
 
 
-class _Reader:
-    """Collects runs from lines."""
+class _OwnReader:
+    """Appends the runs in lines of our format to `runs`."""
 
-    def __init__(self) -> None:
-        self.runs: list[RunResult] = []
-        self.described: set[int] = set()  # the id of each run whose line of settings was read
+    def __init__(self, runs: list[RunResult]) -> None:
+        self.runs = runs
         self.latest: dict[str, RunResult] = {}  # the last run that is called, say, "fc-tanh seed 0"
+        self.reached: Counter[str] = Counter()  # its last epoch, by that name
         self.alignment: dict = defaultdict(lambda: defaultdict(dict))  # by that name and the epoch
-        # The state of the 2019 release's lines; a run is None where it is unknown.
+
+    def read(self, line: str) -> None:
+        """Reads a line; ignores those of other formats. Raises ValueError if it is damaged."""
+        if match := _HEADING.fullmatch(line):
+            self._begin(_basic_settings(*match.groups()))
+        elif match := _SETTINGS.fullmatch(line):  # the heading's run is dropped: it has no epochs
+            settings = json.loads(match[2])
+            same = (run for run in self.runs if run.settings == settings)
+            self._begin(settings, next(same, None))
+        elif match := _ALIGNMENT.fullmatch(line):
+            name, layer, epoch, mean, std = match.groups()
+            self.alignment[name][epoch][layer] = _cosine(mean, std)
+        elif match := _SUMMARY.fullmatch(line):
+            name, epoch, epochs, *numbers, seconds = match.groups()
+            if int(epoch) > int(epochs):
+                raise ValueError("damaged line")
+            alignment, seconds = self.alignment[name].pop(epoch, {}), rounded(float(seconds))
+            metrics = make_metrics(int(epoch), map(float, numbers), alignment, seconds)
+            run = self.latest.get(name)
+            if not run or int(epoch) < self.reached[name]:
+                run = self._begin(_basic_settings(name, epochs, "unknown"))
+            self.reached[name] = int(epoch)
+            _add_epoch(run, metrics)
+        elif _OURS.search(line):
+            raise ValueError("damaged line")
+
+    def _begin(self, settings: dict, run: RunResult | None = None) -> RunResult:
+        """Begins a new run, or `run` again, which has the same settings and so the same numbers."""
+        if run is None:
+            run = _new_run(settings)
+            self.runs.append(run)
+        name = f"{settings['experiment']['name']} seed {settings['seed']}"
+        self.latest[name], self.reached[name] = run, 0
+        self.alignment.pop(name, None)  # of an epoch in which an earlier run was killed
+        return run
+
+
+class _ReleaseReader:
+    """Appends the runs in lines of the 2019 release's format to `runs`."""
+
+    def __init__(self, runs: list[RunResult]) -> None:
+        self.runs = runs
         self.seed = "0"
-        self.run: RunResult | None = None
+        self.run: RunResult | None = None  # None where it is unknown
         self.epoch = 0
         self.layers: dict | None = None  # the alignment; None outside of an epoch
 
     def read(self, line: str) -> None:
-        """Reads a line of our format. Raises ValueError if it is damaged."""
-        if match := _HEADING.fullmatch(line):
-            self._begin(_basic_settings(*match.groups()))
-            self.alignment.pop(match[1], None)  # of an epoch in which an earlier run was killed
-        elif match := _SETTINGS.fullmatch(line):  # the heading's run is dropped: it has no epochs
-            self.described.add(id(self._begin(json.loads(match[2]))))
-            self.alignment.pop(match[1], None)
-        elif match := _ALIGNMENT.fullmatch(line):
-            name, layer, epoch, mean, std = match.groups()
-            self.alignment[name][epoch][layer] = {"mean": _value(mean), "std": _value(std)}
-        elif match := _SUMMARY.fullmatch(line):
-            name, epoch, epochs, *texts = match.groups()
-            run = self.latest.get(name)
-            if not run or (run.epochs and int(epoch) < run.epochs[-1]["epoch"]):
-                run = self._begin(_basic_settings(name, epochs, "unknown"))
-            _add_epoch(run, int(epoch), map(_value, texts), self.alignment[name].pop(epoch, {}))
-        elif _OURS.search(line):
-            raise ValueError("damaged line")
-
-    def read_release(self, line: str) -> None:
-        """Reads a line of the release's format. Raises ValueError if it is damaged."""
+        """Reads a line; ignores those of other formats. Raises ValueError if it is damaged."""
         if line.startswith("Seeding "):
             self.seed = "None"
             (self.seed,) = _groups(_SEEDING, line)
@@ -219,7 +228,8 @@ class _Reader:
             name = re.sub(r"[^\w.]+", "-", title.lower()).strip("-.")
             settings = _basic_settings(f"{name} seed {self.seed}", epochs, dataset)
             settings |= {"batch_size": int(batch_size), "feedback_placement": "release"}
-            self.run, self.epoch, self.layers = self._begin(settings), 0, None
+            self.run, self.epoch, self.layers = _new_run(settings), 0, None
+            self.runs.append(self.run)
         elif line.startswith("EPOCH "):
             self.layers = None
             epoch, seconds = _groups(_EPOCH, line)
@@ -232,24 +242,22 @@ class _Reader:
         elif re.match(r"[0-9]+_\w+\(", line):
             layer, mean, std = _groups(_LAYER, line)
             if self.layers is not None:
-                self.layers[layer] = {"mean": _value(mean), "std": _value(std)}
+                self.layers[layer] = _cosine(mean, std)
         elif line.startswith("Training loss"):
             texts = _groups(_LOSSES, line)
             if self.run is None or self.layers is None:
                 raise ValueError("losses of an unknown epoch")
             layers, self.layers = self.layers, None
             scale = self.run.settings["batch_size"]  # the release divides a mean loss by it
-            texts, scales = (*texts, "nan"), (scale, 1, scale, 1, 1)
-            _add_epoch(self.run, self.epoch, map(_value, texts, scales), layers)
+            numbers = [float(text) * x for text, x in zip(texts, (scale, 1, scale, 1))]
+            _add_epoch(self.run, make_metrics(self.epoch, numbers, layers, None))
 
-    def _begin(self, settings: dict) -> RunResult:
-        results.check_settings(settings)
-        name, seed = settings["experiment"]["name"], settings["seed"]
-        path = Path(name, "seed-unknown" if seed is None else f"seed-{seed}")
-        run = RunResult(path, settings, {"retrieved": True})
-        self.runs.append(run)
-        self.latest[f"{name} seed {seed}"] = run
-        return run
+
+def _new_run(settings: dict) -> RunResult:
+    results.check_settings(settings)
+    name, seed = settings["experiment"]["name"], settings["seed"]
+    path = Path(name, "seed-unknown" if seed is None else f"seed-{seed}")
+    return RunResult(path, settings, {"retrieved": True})
 
 
 def _groups(pattern: re.Pattern, line: str) -> tuple[str, ...]:
@@ -267,22 +275,14 @@ def _basic_settings(run: str, epochs: str, dataset: str) -> dict:
     }  # fmt: skip
 
 
-def _add_epoch(run: RunResult, epoch: int, numbers: Iterable, alignment: dict) -> None:
-    train_loss, train_accuracy, test_loss, test_accuracy, seconds = numbers
-    metrics = {
-        "epoch": epoch, "train_loss": train_loss, "train_accuracy": train_accuracy,
-        "test_loss": test_loss, "test_accuracy": test_accuracy,
-        "alignment": alignment, "seconds": seconds,
-    }  # fmt: skip
-    results.check_metrics(metrics)
-    if run.epochs and run.epochs[-1]["epoch"] == epoch:
-        run.epochs.pop()  # a killed run repeats an epoch
-    run.epochs.append(metrics)
+def _add_epoch(run: RunResult, metrics: Metrics) -> None:
+    # A killed run repeats an epoch.
+    others = [known for known in run.epochs if known["epoch"] != metrics["epoch"]]
+    run.epochs = sorted([*others, metrics], key=lambda metrics: metrics["epoch"])
 
 
-def _value(text: str, scale: int = 1) -> float | None:
-    value = float(text) * scale
-    return round(value, 4) if math.isfinite(value) else None
+def _cosine(mean: str, std: str) -> dict:
+    return {"mean": rounded(float(mean)), "std": rounded(float(std))}
 
 
 def _rename_layers(epochs: list[Metrics]) -> None:

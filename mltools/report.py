@@ -41,7 +41,7 @@ def write_report(
     environment = Environment(autoescape=True, trim_blocks=True)
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=title,
-        tables={table.title: table.cells() for table in tables},
+        tables=[(table.title, table.cells()) for table in tables],
         figures=[
             (figure, base64.b64encode(figure.png.read_bytes()).decode()) for figure in figures
         ],

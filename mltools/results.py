@@ -7,14 +7,15 @@
     checkpoint.pt  while the run is unfinished: all that resumes it, its metrics and cosines too
     state.pt       when it is finished: the weights and the feedback matrix
 
-After each epoch the checkpoint is written, and then metrics.jsonl and angles.npz, from the epochs
-that the checkpoint holds. Files are replaced whole, the log aside, so a run may be killed at any
-instant.
+At the start, after each epoch and at an interruption the checkpoint is written, and then
+metrics.jsonl and angles.npz, from the epochs that the checkpoint holds. Files are replaced whole,
+the log aside, so a run may be killed at any instant.
 """
 
 import argparse
 import itertools
 import json
+import math
 import os
 import re
 import reprlib
@@ -29,7 +30,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from filelock import FileLock
 
-from mltools.errors import UserError, reading
+from mltools.errors import UserError, user_errors
 
 RESTORE = "move it away, and restore it from log.txt with log_retrieval.py"
 RESTORE_BOTH = "move it and metrics.jsonl away, and restore both from log.txt with log_retrieval.py"
@@ -62,14 +63,21 @@ class RunResult:
     @property
     def diverged(self) -> bool:
         """Whether the last epoch ended with a loss that is not a number."""
-        return bool(self.epochs) and diverged(self.epochs[-1])
+        if not self.epochs:
+            return False
+        return None in (self.epochs[-1]["train_loss"], self.epochs[-1]["test_loss"])
+
+    @property
+    def trained(self) -> bool:
+        """Whether no epoch is left to train: the run had the last one, or it diverged."""
+        if not self.epochs or not self.settings:
+            return False
+        return self.diverged or self.epochs[-1]["epoch"] >= self.settings["epochs"]
 
     @property
     def finished(self) -> bool:
         """Whether nothing is left to train or to write."""
-        if not self.epochs or not self.settings or self.has_checkpoint:
-            return False
-        return self.epochs[-1]["epoch"] >= self.settings["epochs"] or self.diverged
+        return self.trained and not self.has_checkpoint
 
 
 class RunFolder:
@@ -93,18 +101,18 @@ class RunFolder:
         """
         result = RunResult(self.path, has_checkpoint=(self.path / "checkpoint.pt").exists())
         path = self.path / "config.json"
-        with reading(path, RESTORE_BOTH):
+        with user_errors(path, RESTORE_BOTH):
             if path.exists():
                 config = json.loads(path.read_bytes())
                 _check(config, settings=_is_dict, environment=_is_dict)
                 check_settings(config["settings"])
                 result.settings, result.environment = config["settings"], config["environment"]
         path = self.path / "metrics.jsonl"
-        with reading(path, RESTORE):
+        with user_errors(path, RESTORE):
             there = with_epochs and path.exists()
             lines = path.read_bytes().split(b"\n")[:-1] if there else []
         for number, line in enumerate(lines, 1):
-            with reading(f"{path}: line {number}", RESTORE):
+            with user_errors(f"{path}: line {number}", RESTORE):
                 metrics = json.loads(line)
                 check_metrics(metrics)
                 if result.epochs and metrics["epoch"] <= result.epochs[-1]["epoch"]:
@@ -209,11 +217,6 @@ def user_path(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"there is no home folder for {text}") from None
 
 
-def diverged(metrics: Metrics) -> bool:
-    """Whether an epoch ended with a loss that is not a number."""
-    return metrics["train_loss"] is None or metrics["test_loss"] is None
-
-
 def differences(there: dict, asked: dict) -> str:
     """Lists the differences between the settings of two runs; empty if they are equal."""
     there, asked = flattened(there), flattened(asked)
@@ -247,6 +250,29 @@ def check_settings(settings: dict) -> None:
         batch_size=_or_none(whole),
         feedback_placement=_or_none(_is_name),
     )
+
+
+def make_metrics(
+    epoch: int, numbers: Iterable[float], alignment: dict, seconds: float | None
+) -> Metrics:
+    """Returns a line of `metrics.jsonl`.
+
+    Args:
+        numbers: train loss, train accuracy, test loss and test accuracy.
+        alignment: layer to `{"mean": ..., "std": ...}`.
+
+    Raises ValueError as `check_metrics` does.
+    """
+    keys = "train_loss", "train_accuracy", "test_loss", "test_accuracy"
+    values = dict(zip(keys, map(rounded, numbers), strict=True))
+    metrics = {"epoch": epoch, **values, "alignment": alignment, "seconds": seconds}
+    check_metrics(metrics)
+    return metrics
+
+
+def rounded(value: float) -> float | None:
+    """Returns a number of `metrics.jsonl`, as precise as in the log; JSON has no NaN."""
+    return round(float(value), 4) if math.isfinite(value) else None
 
 
 def check_metrics(metrics: Metrics) -> None:

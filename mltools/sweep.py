@@ -8,24 +8,28 @@ and in the end waits for the others. The run of a copy that was killed is resume
 import argparse
 import dataclasses
 import os
+import re
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from tempfile import TemporaryFile
+from typing import Any, NoReturn
 
 import torch
 from filelock import Timeout
 
 from mltools.data import DataSet, cores
-from mltools.errors import UserError, show
+from mltools.errors import UserError, show, user_errors
 from mltools.gpu import own_stream
-from mltools.progress import Board, Progress, check_tensorboard
+from mltools.progress import Progress, add_scalars
 from mltools.results import Metrics, RunFolder, RunResult, user_path
 from mltools.training import Experiment, Run, Settings, Trainer, option, train_run
 
@@ -46,38 +50,26 @@ def _count_or_auto(text: str) -> int | None:
 class Options(Settings):
     """The options of a script; a script that has more derives a class with more fields."""
 
-    data_dir: Path = option(
-        "folder of the data sets; a missing one is fetched", type=user_path, metavar="DIR"
-    )
-    results_dir: Path = option("folder of the results", type=user_path, metavar="DIR")
-    experiments: Sequence[str] = option(
-        "the experiments to run, see --list", (), nargs="+", metavar="NAME"
-    )
-    seeds: Sequence[int] = option(
-        "the seeds to run each experiment with", nargs="+", type=int, metavar="N"
-    )
+    data_dir: Path = option("folder of the data sets; a missing one is fetched", type=user_path)
+    results_dir: Path = option("folder of the results", type=user_path)
+    experiments: Sequence[str] = option("the experiments to run, see --list", (), nargs="+")
+    seeds: Sequence[int] = option("the seeds to run each experiment with", nargs="+", type=int)
     device: str = option(
         "cpu, cuda, cuda:N, or auto, which is cuda where there is a GPU; under torchrun, cuda is "
         "another GPU for each process",
         "auto",
-        metavar="DEVICE",
     )
     parallel_runs: int | None = option(
         f"runs to train at once, or auto, which is {PARALLEL_ON_CUDA} on CUDA and 1 on a CPU, "
         "whose threads the runs share",
         None,
         type=_count_or_auto,
-        metavar="N",
     )
     deterministic: bool = option("on CUDA too, the same seed gives the same bits; slower", False)
     force: bool = option("rename a folder with other settings, and start anew", False)
     quiet: bool = option("show nothing but the tables and errors", False)
-    tensorboard: bool = option(
-        "write each run's epochs for TensorBoard too, into its folder", False
-    )
-    tables_only: bool = option(
-        "run nothing, write the tables and figures of the results so far", False
-    )
+    tensorboard: bool = option("write each run's epochs for TensorBoard, into its folder", False)
+    tables_only: bool = option("run nothing, write tables and figures of what is there", False)
 
     def at_once(self) -> int:
         """Returns how many runs to train at once."""
@@ -86,15 +78,12 @@ class Options(Settings):
         return self.parallel_runs
 
 
-SomeOptions = TypeVar("SomeOptions", bound=Options)
-
-
 def parse_options(
     script: str,
     description: str | None,
-    defaults: SomeOptions,
-    experiments: Callable[[SomeOptions], Sequence[Experiment]],
-) -> tuple[SomeOptions, list[Experiment]]:
+    defaults: Options,
+    experiments: Callable[[Any], Sequence[Experiment]],
+) -> tuple[Options, list[Experiment]]:
     """Reads the command line of a script, whose options are the fields of `defaults`.
 
     Args:
@@ -146,15 +135,19 @@ def parse_options(
     folder = options.results_dir / script
     if options.tables_only and not folder.is_dir():
         raise UserError(f"{folder} has no results to make tables of: give another --results-dir")
-    _check_writable(options.results_dir)
+    with user_errors(options.results_dir, "choose another --results-dir", "written to"):
+        options.results_dir.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=options.results_dir).close()
     chosen = [known[name] for name in known if name in (options.experiments or known)]
     return options, chosen
 
 
 def run_sweep(
-    script: str, experiments: Sequence[Experiment], options: Options, data: DataSet
+    results: Path, experiments: Sequence[Experiment], options: Options, data: DataSet
 ) -> None:
     """Runs every experiment with every seed; runs that are finished already are skipped.
+
+    The folder of a run is `<results>/<experiment>/seed-<n>`.
 
     Ctrl-C, or a request to terminate, lets each run end its batch and write a checkpoint; a second
     one ends the process at once, and costs no more than the epoch under way.
@@ -165,18 +158,18 @@ def run_sweep(
         KeyboardInterrupt: it was interrupted, and all runs have ended.
     """
     _set_arithmetic(options)
+    shared = {field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)}
     folders: dict[Run, RunFolder] = {}
-    for seed in options.seeds:
-        for experiment in experiments:
-            run = describe_run(experiment, seed, options, data)
-            folder = _folder(script, experiment.name, seed, options)
-            try:
-                if folder.check(run.settings).finished:
-                    continue
-            except UserError:
-                if not options.force:
-                    raise
-            folders[run] = folder
+    for seed, experiment in product(options.seeds, experiments):
+        run = Run(**shared, experiment=experiment, seed=seed, data_crc32=data.crc32)
+        folder = _folder(results, experiment, seed)
+        try:
+            if folder.check(run.settings).finished:
+                continue
+        except UserError:
+            if not options.force:
+                raise
+        folders[run] = folder
     if not folders:
         return
     if options.batch_size > len(data.train):
@@ -197,6 +190,7 @@ def _train(folders: Mapping[Run, RunFolder], options: Options, data: DataSet) ->
         torch.cuda.synchronize(device)
     left = dict(folders)
     stop = threading.Event()
+    progress = Progress(folders, options.quiet or not is_first())
 
     def train(run: Run, folder: RunFolder) -> None:
         try:
@@ -207,15 +201,15 @@ def _train(folders: Mapping[Run, RunFolder], options: Options, data: DataSet) ->
                 raise
             show(f"{folder.path} renamed to {folder.rename()}")
 
-        board = Board(folder.path) if options.tensorboard else None
-
         def epoch_ended(metrics: Metrics) -> None:
-            if board:
-                board.add(metrics)
+            if options.tensorboard:
+                add_scalars(writer, metrics)
             progress.update()
 
-        with own_stream(device), board or nullcontext():
-            train_run(Trainer(run, data, device), folder, progress.line, epoch_ended, stop)
+        with own_stream(device):
+            trainer = Trainer(run, data, device)
+            with _tensorboard(folder, options) as writer:
+                train_run(trainer, folder, progress.line, epoch_ended, stop.is_set)
         progress.run_ended(run)
 
     def work() -> None:
@@ -234,38 +228,27 @@ def _train(folders: Mapping[Run, RunFolder], options: Options, data: DataSet) ->
             stop.set()  # an error ends the other threads' runs as Ctrl-C does
             raise
 
-    progress = Progress(folders, options.quiet or not is_first())
-    with progress, _stopped_by_signals(stop):
+    with closing(progress), _stopped_by_signals(stop):
         if options.at_once() == 1:
             # Not in a thread of its own: with more of OpenMP's threads than cores, they would
             # sleep between any two products.
             work()
         else:
             with _threads_shared(options), ThreadPoolExecutor(options.at_once()) as pool:
-                futures = [pool.submit(work) for _ in range(options.at_once())]
-            for future in futures:
-                future.result()
+                list(pool.map(lambda _: work(), range(options.at_once())))
     if stop.is_set():
         raise KeyboardInterrupt
 
 
-def describe_run(experiment: Experiment, seed: int, options: Settings, data: DataSet) -> Run:
-    """Returns the description of one run of a sweep."""
-    shared = {f.name: getattr(options, f.name) for f in dataclasses.fields(Settings)}
-    return Run(**shared, experiment=experiment, seed=seed, data_crc32=data.crc32)
-
-
 def load_runs(
-    script: str, experiments: Sequence[Experiment], options: Options
+    results: Path, experiments: Sequence[Experiment], seeds: Sequence[int]
 ) -> dict[str, list[RunResult]]:
     """Loads the runs of a sweep: for each experiment one per seed, empty if it has not begun.
 
     Raises UserError if a file cannot be read.
     """
     return {
-        experiment.name: [
-            _folder(script, experiment.name, seed, options).load() for seed in options.seeds
-        ]
+        experiment.name: [_folder(results, experiment, seed).load() for seed in seeds]
         for experiment in experiments
     }
 
@@ -280,8 +263,8 @@ def _torchrun(variable: str) -> str | None:
     return os.environ[variable] if "TORCHELASTIC_RUN_ID" in os.environ else None
 
 
-def _folder(script: str, experiment: str, seed: int, options: Options) -> RunFolder:
-    return RunFolder(options.results_dir / script / experiment / f"seed-{seed}")
+def _folder(results: Path, experiment: Experiment, seed: int) -> RunFolder:
+    return RunFolder(results / experiment.name / f"seed-{seed}")
 
 
 def _set_arithmetic(options: Options) -> None:
@@ -299,6 +282,15 @@ def _set_arithmetic(options: Options) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if options.deterministic != torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(options.deterministic)  # imports a lot
+
+
+def _tensorboard(folder: RunFolder, options: Options) -> AbstractContextManager:
+    """Returns the TensorBoard writer of a run, or a context manager of None without the option."""
+    if not options.tensorboard:
+        return nullcontext()
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(folder.path / "tensorboard")
 
 
 @contextmanager
@@ -349,12 +341,9 @@ def _check_options(options: Options) -> None:
     in_range = all(0 <= seed < 2**63 for seed in options.seeds)
     if not in_range or len(set(options.seeds)) < len(options.seeds):
         raise UserError("--seeds takes different numbers, from 0 to 2**63 - 1")
-    try:
-        device = torch.device(options.device)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:(0|[1-9][0-9]?))?", options.device):
         raise UserError(f"--device must be auto, cpu, cuda or cuda:N, not {options.device!r}")
+    device = torch.device(options.device)
     if device.type == "cuda":
         if (device.index or 0) >= torch.cuda.device_count():
             raise UserError(
@@ -365,18 +354,5 @@ def _check_options(options: Options) -> None:
             raise UserError(f"--parallel-runs takes at most {STREAMS_ON_CUDA} on CUDA")
     elif options.precision == "tf32":
         raise UserError("--precision tf32 needs a CUDA device: choose float32 or bf16")
-    if options.tensorboard:
-        check_tensorboard()
-
-
-def _check_writable(folder: Path) -> None:
-    probe = folder / f".writable.{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink(missing_ok=True)  # on another machine a process may have the same number
-    except OSError as error:
-        raise UserError(
-            f"results cannot be written to {folder} ({error.strerror}): "
-            "choose another --results-dir"
-        ) from None
+    if options.tensorboard and find_spec("tensorboard") is None:
+        raise UserError("--tensorboard needs a package: pip install tensorboard")

@@ -13,7 +13,12 @@ from mltools.results import RunResult, differences, write_text
 
 Spread = tuple[float, float | None]
 """A mean, and the standard deviation (n - 1), None for a single value."""
+Curve = dict[int, Spread]
+"""Epoch, or size in a sweep, to mean and standard deviation."""
+Curves = dict[str, Curve]
+"""`test` and `train` accuracy, and each layer's mean cosine, over seeds against epochs."""
 
+SPLITS = ("test", "train")
 LATEX = r"""\begin{table}
 \centering
 \caption{%s}
@@ -47,6 +52,8 @@ class Row:
     """The number of runs that diverged or are not finished, in words."""
     settings: dict = field(default_factory=dict)
     """The settings that the runs share, without the seed; empty for reference numbers."""
+    curves: Curves = field(default_factory=dict)
+    """Over the same runs; empty for reference numbers."""
 
 
 @dataclass
@@ -95,11 +102,10 @@ def summarise(name: str, runs: Sequence[RunResult]) -> Row:
     Raises UserError if a run is of another experiment or seed than its folder's name says, or if
     the settings differ between runs.
     """
-    counted = counted_runs(runs)
+    counted = [run for run in runs if run.finished and not run.diverged]
     common: dict = {}
     for run in runs:
-        if run.settings:
-            _check_name(name, run)
+        _check_name(name, run)
     for run in counted:
         settings = {key: value for key, value in run.settings.items() if key != "seed"}
         if differing := differences(common or settings, settings):
@@ -111,24 +117,32 @@ def summarise(name: str, runs: Sequence[RunResult]) -> Row:
     diverged = sum(run.finished and run.diverged for run in runs)
     left_out = {"diverged": diverged, "not finished": len(runs) - len(counted) - diverged}
     note = ", ".join(f"{number} {state}" for state, number in left_out.items() if number)
-    row = Row(name, seeds=len(counted), note=note, settings=common)
+    row = Row(name, seeds=len(counted), note=note, settings=common, curves=_curves(counted))
     if counted:
         last = [run.epochs[-1] for run in counted]
-        row.test = spread([metrics["test_accuracy"] for metrics in last])
-        row.train = spread([metrics["train_accuracy"] for metrics in last])
+        row.test, row.train = (_spread([x[f"{split}_accuracy"] for x in last]) for split in SPLITS)
         cosines = last[0]["alignment"].items()
         row.alignment = {x: (c["mean"], c["std"]) for x, c in cosines if c["mean"] is not None}
         row.angles_from = counted[0].name if row.alignment else ""
     return row
 
 
-def counted_runs(runs: Iterable[RunResult]) -> list[RunResult]:
-    """Returns the runs whose numbers count: finished, and not diverged."""
-    return [run for run in runs if run.finished and not run.diverged]
+def _curves(runs: Iterable[RunResult]) -> Curves:
+    """Returns a row's curves; where a log lacks an epoch of a run, the other runs count."""
+    found: dict[str, dict[int, list[float]]] = {split: {} for split in SPLITS}
+    for metrics in (metrics for run in runs for metrics in run.epochs):
+        values = {split: metrics[f"{split}_accuracy"] for split in SPLITS}
+        values |= {layer: cosine["mean"] for layer, cosine in metrics["alignment"].items()}
+        for key, value in values.items():
+            if value is not None:
+                found.setdefault(key, {}).setdefault(metrics["epoch"], []).append(value)
+    return {
+        key: {epoch: _spread(values) for epoch, values in sorted(epochs.items())}
+        for key, epochs in found.items()
+    }
 
 
-def spread(values: Sequence[float]) -> Spread:
-    """Returns the mean and the standard deviation (n - 1) of one value or more."""
+def _spread(values: Sequence[float]) -> Spread:
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
@@ -147,7 +161,7 @@ def reference_row(row: Row, path: Path, source: str) -> list[Row]:
     if row.settings["epochs"] not in known["epochs"]:
         return []
     i = known["epochs"].index(row.settings["epochs"])
-    test, train = [(known[split][i], None) for split in ("test", "train")]
+    test, train = [(known[split][i], None) for split in SPLITS]
     alignment = dict(zip(known["layers"], zip(known["mean"][i], known["std"][i])))
     return [Row(f"{row.name}, {source}", test, train, alignment, angles_from=source, seeds=1)]
 
@@ -191,6 +205,8 @@ def write_tables(folder: Path, tables: Sequence[Table]) -> str:
 
 def _check_name(name: str, run: RunResult) -> None:
     """Raises UserError if a folder was renamed, so that it would count for another run."""
+    if not run.settings:
+        return
     experiment, seed = run.settings["experiment"]["name"], run.settings["seed"]
     seed = "unknown" if seed is None else seed
     # A log that holds a run several times gives it a number.

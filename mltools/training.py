@@ -14,10 +14,10 @@ import io
 import json
 import platform
 import subprocess
-import threading
 import time
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -30,12 +30,12 @@ from torch import Tensor
 
 from dfatools import BottleneckLinear, measure_alignment, prealign
 from mltools.data import DATASETS, DataSet, Loader, TrainingLoader
-from mltools.errors import UserError, one_line, reading
+from mltools.errors import UserError, one_line, user_errors
 from mltools.gpu import capture, process_state
 from mltools.layers import Conv2d, Dropout, Linear
-from mltools.logs import epoch_lines, heading, settings_line
+from mltools.logs import epoch_lines, first_lines
 from mltools.networks import PLACEMENTS, Network
-from mltools.results import Metrics, RunFolder, check_metrics, diverged
+from mltools.results import Metrics, RunFolder, RunResult, check_metrics, make_metrics, rounded
 
 PRECISIONS = ("float32", "tf32", "bf16")
 EVALUATION_BATCH = 250  # larger ones take more memory than training does
@@ -76,22 +76,20 @@ class Experiment:
 class Settings:
     """The settings that all runs of a sweep share; each is an option of the scripts."""
 
-    dataset: str = option(f"one of {', '.join(DATASETS)}", choices=DATASETS, metavar="NAME")
-    epochs: int = option("epochs of training", type=int, metavar="N")
-    batch_size: int = option("samples in a training step", type=int, metavar="N")
+    dataset: str = option("the data to train on", choices=DATASETS)
+    epochs: int = option("epochs of training", type=int)
+    batch_size: int = option("samples in a training step", type=int)
     feedback_placement: str = option(
         "every-layer: a feedback point before every weight layer but the first, which is DFA "
         "proper; release: the same, less the points that the 2019 release missed",
         "release",
         choices=PLACEMENTS,
-        metavar="PLACEMENT",
     )
     precision: str = option(
         "of the training and the evaluation: float32, as in the paper; tf32, faster matrix "
         "products on CUDA; bf16, mixed precision",
         "float32",
         choices=PRECISIONS,
-        metavar="PRECISION",
     )
 
 
@@ -262,7 +260,7 @@ def train_run(
     folder: RunFolder,
     report: Callable[[str], object] = lambda line: None,
     epoch_ended: Callable[[Metrics], object] = lambda metrics: None,
-    stop: threading.Event | None = None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> None:
     """Trains a run to its end, or resumes it from its folder's checkpoint.
 
@@ -270,7 +268,7 @@ def train_run(
         folder: its folder, whose lock the caller holds.
         report: called with the lines of the log that are not of an epoch.
         epoch_ended: called with the metrics of each epoch, once they are on disk.
-        stop: when it is set, the run ends after the step under way, with a checkpoint.
+        stopped: once it returns True, the run ends after the step under way, with a checkpoint.
 
     Raises UserError if the folder's checkpoint cannot be read, or is not this run's.
     """
@@ -280,61 +278,66 @@ def train_run(
         folder.log(line)
         report(line)
 
-    def save_checkpoint(position: int, seconds: float) -> None:
+    def save(position: int, seconds: float) -> None:
         checkpoint = {
             "settings": run.settings,
             "device": device.type,
-            "epochs": epochs,
+            "epochs": result.epochs,
             "angles": {layer: torch.from_numpy(rows) for layer, rows in angles.items()},
             "position": position,
             "seconds": seconds,
             **trainer.state_dict(),
         }
         folder.write("checkpoint.pt", lambda file: _save(checkpoint, file))
+        folder.write_angles(angles)
+        folder.write_metrics(result.epochs)
 
     folder.start(run.settings, environment(device))
     folder.remove_leftovers()
-    epochs: list[Metrics] = []
+    result = RunResult(folder.path, run.settings)
     angles: dict[str, np.ndarray] = {}
     position, seconds = 0, 0.0
     path = folder.path / "checkpoint.pt"
     if not path.exists():
-        log(heading(run.name, run.epochs, run.dataset, str(device)))
-        folder.log(settings_line(run.name, run.settings))
-        save_checkpoint(0, 0.0)  # or a kill in the first epoch would begin the log again
+        heading, settings = first_lines(run.name, run.settings, device)
+        log(heading)
+        folder.log(settings)
     else:
-        epochs, angles, position, seconds = _load_checkpoint(path, trainer)
-        folder.write_angles(angles)
-        folder.write_metrics(epochs)
+        result.epochs, angles, position, seconds = _load_checkpoint(path, trainer)
         batch = f", batch {position}" if position else ""
-        log(f"{run.name}: resuming after epoch {len(epochs)}{batch}")
+        log(f"{run.name}: resuming after epoch {len(result.epochs)}{batch}")
+    # A kill in the first epoch must not begin the log again. After a kill, metrics.jsonl and
+    # angles.npz may lack an epoch of the checkpoint.
+    save(position, seconds)
     if device.type == "cuda":
         try:
             trainer.capture()
         except RuntimeError as error:
             log(f"{run.name}: no CUDA graph, each step is a launch ({one_line(error)})")
 
-    while len(epochs) < run.epochs and not (epochs and diverged(epochs[-1])):
+    while not result.trained:
         start = time.perf_counter() - seconds
-        trainer.begin(len(epochs) + 1, position)
+        trainer.begin(len(result.epochs) + 1, position)
         while batches.left:
-            if stop and stop.is_set():
-                save_checkpoint(batches.position, time.perf_counter() - start)
+            if stopped():
+                save(batches.position, time.perf_counter() - start)
                 return
             trainer.step()
         position, seconds = 0, 0.0
-        metrics, cosines = _epoch_results(trainer, len(epochs) + 1, start)
-        for layer, row in cosines.items():
+        numbers = *trainer.training_totals(), *trainer.evaluate()
+        alignment = {}
+        for layer, row in trainer.alignment().items():
             angles[layer] = np.vstack([*angles.get(layer, ()), row])
-        epochs.append(metrics)
+            alignment[layer] = {"mean": rounded(row.mean()), "std": rounded(row.std(ddof=1))}
+        elapsed = round(time.perf_counter() - start, 3)
+        metrics = make_metrics(len(result.epochs) + 1, numbers, alignment, elapsed)
+        result.epochs.append(metrics)
         # The log first: after a kill it may have an epoch twice, but it lacks none.
         folder.log(*epoch_lines(run.name, metrics, run.epochs))
-        save_checkpoint(0, 0.0)
-        folder.write_angles(angles)
-        folder.write_metrics(epochs)
+        save(0, 0.0)
         epoch_ended(metrics)
-    if epochs and diverged(epochs[-1]):
-        log(f"{run.name}: diverged in epoch {len(epochs)}, stopped")
+    if result.diverged:
+        log(f"{run.name}: diverged in epoch {len(result.epochs)}, stopped")
     if device.type == "cuda":
         megabytes = torch.cuda.max_memory_allocated(device) / 1e6
         log(f"{run.name}: peak of GPU memory {megabytes:.0f} MB, by all runs of the process so far")
@@ -342,33 +345,11 @@ def train_run(
     (folder.path / "checkpoint.pt").unlink(missing_ok=True)
 
 
-def _epoch_results(
-    trainer: Trainer, epoch: int, start: float
-) -> tuple[Metrics, dict[str, np.ndarray]]:
-    """Evaluates the network: the line of `metrics.jsonl`, and each layer's cosines."""
-    train_loss, train_accuracy = trainer.training_totals()
-    test_loss, test_accuracy = trainer.evaluate()
-    cosines = trainer.alignment()
-    metrics = {
-        "epoch": epoch,
-        "train_loss": _rounded(train_loss),
-        "train_accuracy": _rounded(train_accuracy),
-        "test_loss": _rounded(test_loss),
-        "test_accuracy": _rounded(test_accuracy),
-        "alignment": {
-            layer: {"mean": _rounded(row.mean()), "std": _rounded(row.std(ddof=1))}
-            for layer, row in cosines.items()
-        },
-        "seconds": round(time.perf_counter() - start, 3),
-    }
-    return metrics, cosines
-
-
 def _load_checkpoint(
     path: Path, trainer: Trainer
 ) -> tuple[list[Metrics], dict[str, np.ndarray], int, float]:
     """Loads the trainer's state; returns the epochs, the angles, the position and the seconds."""
-    with reading(path, "move its folder away"):
+    with user_errors(path, "move its folder away"):
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # PyTorch compares no checksums
         if damaged:
@@ -403,13 +384,10 @@ def environment(device: torch.device) -> dict:
     """Returns the versions, the device and the git commit of a run, for `config.json`."""
     # Of this package: an installed copy may lie within the checkout of another project.
     checkout = Path(__file__).resolve().parents[1] / ".git"
-    try:
-        commit = subprocess.run(
-            ["git", f"--git-dir={checkout}", "rev-parse", "HEAD"],
-            capture_output=True, text=True, check=True,
-        ).stdout.strip()  # fmt: skip
-    except (OSError, subprocess.CalledProcessError):
-        commit = None  # no git, or not a checkout: the run is as good
+    command = ["git", f"--git-dir={checkout}", "rev-parse", "--verify", "HEAD"]
+    commit = None
+    with suppress(OSError):  # there may be no git; outside of a checkout, it prints nothing
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -429,8 +407,3 @@ def _totals(output: Tensor, mean_loss: Tensor, y: Tensor) -> Tensor:
 def _means(totals: Tensor, samples: int) -> tuple[float, float]:
     loss, correct = totals.tolist()
     return loss / samples, 100 * correct / samples
-
-
-def _rounded(value: float) -> float | None:
-    """A number of `metrics.jsonl`, as precise as in the log; JSON has no NaN."""
-    return round(float(value), 4) if np.isfinite(value) else None

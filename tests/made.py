@@ -1,5 +1,6 @@
-"""Results of runs that were never trained, a log of the 2019 release, and figures not drawn."""
+"""Results and logs of runs that were never trained, and figures not drawn."""
 
+import json
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -52,6 +53,46 @@ def save_run(run):
 
 
 STAMP = "2026-11-23 16:56:17"
+
+
+def metrics(epoch, shift=0.0):
+    """Makes the metrics of an epoch of `own_log`."""
+    return {
+        "epoch": epoch,
+        "train_loss": round(2.0 - epoch / 10 + shift, 4), "train_accuracy": 30.125 + epoch,
+        "test_loss": round(2.1 - epoch / 10 + shift, 4), "test_accuracy": 29.5 + epoch,
+        "alignment": {
+            "lin1": {"mean": round(0.08 * epoch, 4), "std": 0.0123},
+            "act1": {"mean": round(0.08 * epoch - 0.05, 4), "std": 0.0456},
+        },
+        "seconds": 1.5,
+    }  # fmt: skip
+
+
+def settings_of(experiment="fc-tanh", seed=0, epochs=5, batch_size=128, dataset="CIFAR-10"):
+    return {
+        "experiment": {"name": experiment}, "seed": seed, "dataset": dataset, "epochs": epochs,
+        "batch_size": batch_size, "feedback_placement": "release" if batch_size else None,
+    }  # fmt: skip
+
+
+def own_log(experiment="fc-tanh", seed=0, epochs=5, shift=0.0):
+    """A whole log of ours, written without the code that is tested."""
+    lines = [
+        f"{epochs} epochs of CIFAR-10 on cpu",
+        f"settings {json.dumps(settings_of(experiment, seed, epochs))}",
+    ]
+    for m in (metrics(epoch, shift) for epoch in range(1, epochs + 1)):
+        lines += [
+            f"alignment {layer}, epoch {m['epoch']}: mean {c['mean']:.4f} std {c['std']:.4f}"
+            for layer, c in m["alignment"].items()
+        ]
+        train = f"train loss {m['train_loss']:.4f} accuracy {m['train_accuracy']:.4f}%"
+        test = f"test loss {m['test_loss']:.4f} accuracy {m['test_accuracy']:.4f}%"
+        lines.append(f"epoch {m['epoch']}/{epochs}: {train}, {test}, 1.500 s")
+    return "".join(f"{STAMP}  {experiment} seed {seed}: {line}\n" for line in lines).encode()
+
+
 FC = ("0_Linear(in=3072)", "1_Tanh()", "2_Bottleneck(in=800)", "3_Tanh()", "4_Linear(out=10)")
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -99,6 +100,21 @@ def test_activation_checkpointing_makes_no_difference():
     reference = copy.deepcopy(model)
     model.forward = lambda x: model[3:](checkpoint(model[:3], x, use_reentrant=False))
     assert_measured(model, ["0", "1", "2", "3", "4"], x, y, reference=reference)
+
+
+@pytest.mark.parametrize("given", [("tuple",), {"key": "dict"}, SimpleNamespace(graph=1)], ids=type)
+def test_the_input_may_be_of_any_type(given):
+    x, y = batch()
+    model = fc()
+    model.register_forward_pre_hook(lambda module, args: x if args == (given,) else None)
+    assert_measured(model, ["0", "1", "2", "3", "4"], given, y)
+
+
+def test_an_input_that_asks_for_gradients_gets_none():
+    x, y = batch()
+    x.requires_grad_()
+    assert_measured(fc(), ["0", "1", "2", "3", "4"], x, y)
+    assert x.grad is None
 
 
 def test_a_module_called_twice_has_one_cosine():

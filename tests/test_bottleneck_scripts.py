@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from made import made_run, record_figures, release_log, save_run
+from made import made_run, own_log, record_figures, release_log, save_run
 
 import bottleneck
 import bottleneck_from_log
@@ -118,6 +118,16 @@ def test_a_log_of_the_release_counts_a_run_once_and_shows_no_cosine_in_front(
     (line,) = cells_of(tmp_path).values()
     assert (line["seeds"], line["note"], line["test_accuracy_mean"]) == ("1", "", "24.5")
     assert line["act2_mean"] == "0.4003" and not {"lin1_mean", "act1_mean"} & line.keys()
+    report = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "standard init, act2" in report and "act1" not in report.partition("<h2>Figures")[2]
+
+
+@pytest.mark.usefixtures("quick_figures")
+def test_our_log_without_its_settings_keeps_the_cosine_in_front(start, tmp_path):
+    (tmp_path / "log.txt").write_bytes(own_log("std-118").replace(b"settings {", b"settings \xff"))
+    arguments = (tmp_path / "log.txt", "--output", tmp_path)
+    assert start(bottleneck_from_log.main, *arguments)[0] == 0
+    assert {"lin1_mean", "act1_mean"} <= cells_of(tmp_path)["std-118"].keys()
 
 
 @pytest.mark.usefixtures("quick_figures")
@@ -167,9 +177,11 @@ def report(folder, *runs):
 def test_figures_show_our_numbers_and_the_published_ones_beside_them(tmp_path, monkeypatch):
     saved = record_figures(monkeypatch)
     runs = [made("std-118", 40.0, 0.75), made("std-18", 39.0, 0.5), made("std-8", 9, 0, epochs=51)]
-    cells = report(tmp_path, *runs, made("pai-118", 41.0, 1, dataset="CIFAR-100"))
+    runs += [made("pai-18", 38.0, 0.25), made("pai-118", 41.0, 1, dataset="CIFAR-100")]
+    cells = report(tmp_path, *runs)
     assert list(cells) == [
-        "std-8", "std-18", "std-18, published", "std-118", "std-118, published", "pai-118"
+        "std-8", "std-18", "std-18, published", "std-118", "std-118, published",
+        "pai-18", "pai-18, published", "pai-118",
     ]  # fmt: skip
     assert cells["std-8"]["note"] == "1 not finished"
     published = cells["std-118, published"]
@@ -185,11 +197,15 @@ def test_figures_show_our_numbers_and_the_published_ones_beside_them(tmp_path, m
     assert alignment == {
         "standard init": [[18, 0.5], [118, 0.75]],
         "standard init, published": [[18, 0.4655], [118, 0.7597]],
-        "pre-alignment": [[118, 1]],
+        "pre-alignment": [[18, 0.25], [118, 1]],
+        "pre-alignment, published": [[18, 0.7268]],
     }
     assert accuracy["standard init, test"] == [[18, 39.0], [118, 40.0]]
     assert accuracy["standard init, train"] == [[18, 49.0], [118, 50.0]]
     assert accuracy["standard init, train, published"] == [[18, 45.3], [118, 58.5]]
+    lines = [bars.lines[0] for bars in saved[1].axes[0].containers]
+    styles = {(x.get_marker(), x.get_linestyle(), x.get_markerfacecolor()) for x in lines}
+    assert len(styles) == len(lines) == 8  # without their colours, too
 
 
 @pytest.mark.usefixtures("quick_figures")

@@ -4,8 +4,8 @@ import json
 import random
 
 import pytest
-from made import release_log
-from test_logs import main, own_log, settings_of
+from made import own_log, release_log, settings_of
+from test_logs import main
 
 from mltools.logs import parse_log
 from mltools.results import RunFolder

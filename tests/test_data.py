@@ -211,7 +211,7 @@ def test_data_that_is_there_needs_no_lock(tmp_path):
 def test_a_failed_download_says_which_file_to_make(tmp_path, fetched, monkeypatch, kind):
     monkeypatch.setattr(fetched, "error", kind("no route\nto host"))
     line = error_line("CIFAR-10", tmp_path)
-    assert line.startswith("cannot fetch CIFAR-10 (") and "no route to host" in line
+    assert line.startswith("CIFAR-10 cannot be fetched (no route to host): try again")
     assert f"make {tmp_path / 'cifar10.npz'} with uint8 images" in line
     assert not (tmp_path / "cifar10.npz").exists()
 
@@ -221,7 +221,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / ".cifar10.npz.lock").mkdir()
     for folder in (tmp_path, tmp_path / "file"):
         line = error_line("CIFAR-10", folder)
-        assert line.startswith(f"cannot write {folder / 'cifar10.npz'} (")
+        assert line.startswith(f"{folder / 'cifar10.npz'} cannot be written (")
 
 
 def test_a_full_disk_leaves_no_file(tmp_path, fetched, monkeypatch):
@@ -229,7 +229,8 @@ def test_a_full_disk_leaves_no_file(tmp_path, fetched, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    assert "cifar10.npz (No space left on device): make room" in error_line("CIFAR-10", tmp_path)
+    line = error_line("CIFAR-10", tmp_path)
+    assert "cifar10.npz cannot be written (No space left on device): make room" in line
     assert {path.name for path in tmp_path.iterdir()} <= {".cifar10.npz.lock"}
 
 
@@ -306,15 +307,16 @@ def test_a_damaged_image_is_one_line(tmp_path, image_folder, name):
 @pytest.mark.parametrize("name", ["ImageWoof", "ImageNet"])
 def test_bad_image_folders(tmp_path, image_folder, name):
     line = error_line(name, tmp_path)
-    assert f"{tmp_path / name.lower()} (" in line and "put its images there as train/" in line
+    remedy = f"put {name} there as train/<class>/* and val/<class>/*"
+    assert line.startswith(f"{tmp_path / name.lower()} cannot be") and line.endswith(remedy)
     root = image_folder(name.lower())
     (root / "val" / "b").rename(root / "val" / "c")
-    assert error_line(name, tmp_path).endswith("have 2 and 2 class folders, not the same 2")
+    assert "have 2 and 2 class folders, not the same 2" in error_line(name, tmp_path)
 
 
 def test_a_loader_gives_all_samples_in_order(device, resident):
     loader = Loader(numbered(), 10, device)
-    assert [len(y) for _, y in loader] == [10, 10, 3] and len(loader) == 3
+    assert [len(y) for _, y in loader] == [10, 10, 3]
     assert numbers(loader) == list(range(23))
     assert {tensor.device.type for batch in loader for tensor in batch} == {device}
 
@@ -345,6 +347,14 @@ def test_an_epoch_resumes_at_any_batch(device, resident, position):
     assert [y.tolist() for _, y in rest] == [whole[i : i + 4] for i in range(4 * position, 20, 4)]
     with pytest.raises(ValueError, match="1 batches asked for, 0 left"):
         loader.take()
+
+
+def test_more_batches_than_are_left_are_refused(resident):
+    loader = TrainingLoader(numbered(), 4, "cpu")
+    loader.begin(0, 3)
+    with pytest.raises(ValueError, match="3 batches asked for, 2 left"):
+        loader.take_order(3)
+    assert loader.position == 3
 
 
 def test_all_loaders_of_a_split_share_its_tensors(device):

@@ -1,19 +1,16 @@
 """Figures: they draw the numbers of the runs, and all of it can be read."""
 
 import itertools
-import statistics
-from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
-from made import made_run, record_figures
+from made import record_figures
 from matplotlib import colors
 from matplotlib.text import Text
 
 from mltools import figures
-from mltools.figures import ACCURACY, COSINE, Series
-from mltools.results import RunResult
+from mltools.figures import ACCURACY, COSINE
 from mltools.tables import Row, Table
 
 
@@ -27,37 +24,8 @@ def stem(tmp_path):
     return tmp_path / "figure"
 
 
-def of(*values):
-    return pytest.approx((statistics.mean(values), statistics.stdev(values)))
-
-
 def legend(figure):
     return [text.get_text() for text in figure.legends[0].texts]
-
-
-def test_curves_are_means_and_sample_deviations_over_the_runs_that_count():
-    runs = [
-        made_run(seed=0, test=(30.0, 40.0), cosines={"act1": (0.1, 0.2)}),
-        made_run(seed=1, test=(32.0, 44.0), cosines={"act1": (0.3, 0.4)}),
-        made_run(seed=2, loss=None),
-        made_run(seed=3, epochs=3),
-        RunResult(Path("fc/seed-4")),
-    ]
-    assert figures.curves(runs) == {
-        "test": {1: of(30, 32), 2: of(40, 44)},
-        "train": {1: of(40, 42), 2: of(50, 54)},
-        "act1": {1: of(0.1, 0.3), 2: of(0.2, 0.4)},
-    }
-    assert figures.curves([]) == {"test": {}, "train": {}}
-
-
-def test_an_epoch_that_some_runs_lack_is_the_mean_of_the_others():
-    cosines = [0.1, 0.2, 0.3], [0.3, 0.4, 0.5], [0.5, 0.6, 0.7]
-    lost, null, whole = (made_run(test=(1.0, 2.0, 3.0), cosines={"act1": x}) for x in cosines)
-    del lost.epochs[1]  # as from a damaged log
-    null.epochs[1]["alignment"]["act1"]["mean"] = None
-    found = figures.curves([lost, null, whole])["act1"]
-    assert found == {1: of(0.1, 0.3, 0.5), 2: (0.6, None), 3: of(0.3, 0.5, 0.7)}
 
 
 def accuracies(*means):
@@ -151,11 +119,11 @@ def test_final_alignment_is_a_marker_with_its_bar_per_layer_and_row(drawn, stem)
 
 
 def test_a_sweep_draws_means_with_their_bars_on_a_log_axis(drawn, stem):
-    series = [
-        Series("ours", {118: (0.7, 0.5), 1: (0.1, None)}, "std"),
-        Series("theirs", {118: (0.8, None)}, "std", reference=True),
-        Series("nothing", {}, "pai"),
-    ]
+    series = {
+        "ours": ({118: (0.7, 0.5), 1: (0.1, None)}, {"linestyle": "-"}),
+        "theirs": ({118: (0.8, None)}, {"linestyle": "none"}),
+        "nothing": ({}, {}),
+    }
     figures.sweep_figure(series, "title", "size", "cosine", stem)
     figures.sweep_figure(series, "title", "size", ACCURACY, stem)
     (ax,) = drawn[0].axes
@@ -172,7 +140,7 @@ def test_a_sweep_draws_means_with_their_bars_on_a_log_axis(drawn, stem):
 @pytest.mark.parametrize("draw", [
     lambda stem: figures.epochs_figure({"": {"bp": accuracies(30)}}, ["act1"], COSINE, "", stem),
     lambda stem: figures.final_figure([Table("", [Row("fc-bp")], ["act1"])], stem),
-    lambda stem: figures.sweep_figure([Series("", {}, "std")], "", "", "", stem),
+    lambda stem: figures.sweep_figure({"": ({}, {})}, "", "", "", stem),
 ])  # fmt: skip
 def test_without_a_point_no_figure_is_written_and_an_earlier_one_is_removed(draw, stem):
     for kind in ("png", "pdf"):
@@ -204,12 +172,12 @@ SIZED = long_curves("1 3 5 8 11 18 28 46 73 118 191 308 496 800".split())
 ALIGNMENT = {layer: (0.2 * i, 0.1) for i, layer in enumerate(LAYERS, 1)}
 ROWS = [Row(name, alignment=ALIGNMENT, settings={"epochs": 1}) for name in LONG]
 POINTS = {1: (30.0, 1.0), 800: (50.0, 1.0)}
-SERIES = [
-    Series(f"{label}, {split}{suffix}", POINTS, init, split, bool(suffix))
-    for init, label in (("std", "standard init"), ("pai", "pre-alignment"))
+SERIES = {
+    f"{label}, {split}{suffix}": (POINTS, {"marker": "o"})
+    for label in ("standard init", "pre-alignment")
     for suffix in ("", ", published")
     for split in ("test", "train")
-]
+}
 
 
 def tick_labels(axis):
@@ -246,11 +214,6 @@ def test_no_text_is_cut_off_too_small_or_over_another(draw, drawn, stem):
 
 def test_lines_differ_without_colour_and_their_markers_do_not_coincide(drawn, stem):
     figures.epochs_figure({"": LONG}, ["test"], ACCURACY, "t", stem)
-    figures.sweep_figure(SERIES, "t", "b", ACCURACY, stem)
     lines = drawn[0].axes[0].lines
     for styles in zip(*((x.get_color(), x.get_marker(), x.get_markevery()[0]) for x in lines)):
         assert len(set(styles)) == 10
-    series = [bars.lines[0] for bars in drawn[1].axes[0].containers]
-    fillings = [line.get_markerfacecolor() == "none" for line in series]
-    styles = [(line.get_marker(), line.get_linestyle()) for line in series]
-    assert len(set(zip(styles, fillings))) == 8

@@ -6,51 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from made import STAMP, release_log
+from made import STAMP, metrics, own_log, release_log, settings_of
 
 import log_retrieval
-from mltools.logs import epoch_lines, heading, parse_log, settings_line
+from mltools.logs import epoch_lines, first_lines, parse_log
 from mltools.results import RunFolder
 
-
-def metrics(epoch, shift=0.0):
-    return {
-        "epoch": epoch,
-        "train_loss": round(2.0 - epoch / 10 + shift, 4), "train_accuracy": 30.125 + epoch,
-        "test_loss": round(2.1 - epoch / 10 + shift, 4), "test_accuracy": 29.5 + epoch,
-        "alignment": {
-            "lin1": {"mean": round(0.08 * epoch, 4), "std": 0.0123},
-            "act1": {"mean": round(0.08 * epoch - 0.05, 4), "std": 0.0456},
-        },
-        "seconds": 1.5,
-    }  # fmt: skip
-
-
 WHOLE = [metrics(epoch) for epoch in range(1, 6)]
-
-
-def settings_of(experiment="fc-tanh", seed=0, epochs=5, batch_size=128, dataset="CIFAR-10"):
-    return {
-        "experiment": {"name": experiment}, "seed": seed, "dataset": dataset, "epochs": epochs,
-        "batch_size": batch_size, "feedback_placement": "release" if batch_size else None,
-    }  # fmt: skip
-
-
-def own_log(experiment="fc-tanh", seed=0, epochs=5, shift=0.0):
-    """A whole log of ours, written without the code that is tested."""
-    lines = [
-        f"{epochs} epochs of CIFAR-10 on cpu",
-        f"settings {json.dumps(settings_of(experiment, seed, epochs))}",
-    ]
-    for m in (metrics(epoch, shift) for epoch in range(1, epochs + 1)):
-        lines += [
-            f"alignment {layer}, epoch {m['epoch']}: mean {c['mean']:.4f} std {c['std']:.4f}"
-            for layer, c in m["alignment"].items()
-        ]
-        train = f"train loss {m['train_loss']:.4f} accuracy {m['train_accuracy']:.4f}%"
-        test = f"test loss {m['test_loss']:.4f} accuracy {m['test_accuracy']:.4f}%"
-        lines.append(f"epoch {m['epoch']}/{epochs}: {train}, {test}, 1.500 s")
-    return "".join(f"{STAMP}  {experiment} seed {seed}: {line}\n" for line in lines).encode()
 
 
 FC_NAMES = ["lin1", "act1", "lin2", "act2", "lin3"]
@@ -66,7 +28,7 @@ def epochs_of(run):
 
 def test_the_lines_of_a_log_are_parsed_exactly():
     run = "fc-tanh seed 0"
-    lines = [heading(run, 5, "CIFAR-10", "cpu"), settings_line(run, settings_of())]
+    lines = [*first_lines(run, settings_of(), "cpu")]
     lines += [line for epoch in WHOLE for line in epoch_lines(run, epoch, 5)]
     assert lines == [line[21:] for line in own_log().decode().splitlines()]
     (run,), skipped = parse_log(own_log())
@@ -149,6 +111,23 @@ def test_settings_that_cannot_be_are_not_taken(old, new):
     (run,), skipped = parse_log(data)
     assert run.settings == settings_of(batch_size=None) and run.epochs == WHOLE
     assert skipped[0].line == 2 and "fc-tanh seed 0: settings {" in skipped[0].reason
+
+
+@pytest.mark.parametrize("old, new", [
+    (b"1/5: train loss 1.9000 accuracy 31", b"1/5: train loss 1.9000 accuracy 131"),
+    (b"1/5: train", b"9/5: train"),
+])  # fmt: skip
+def test_a_damaged_epoch_leaves_the_settings_to_the_others(old, new):
+    (run,), skipped = parse_log(own_log().replace(old, new))
+    assert run.settings == settings_of() and run.epochs == WHOLE[1:]
+    assert [skip.line for skip in skipped] == [5, 0]
+
+
+def test_the_alignment_of_a_killed_epoch_is_not_that_of_the_next_attempt():
+    killed = own_log(shift=1.0).splitlines(keepends=True)[:4]
+    lost = own_log().replace(b"act1, epoch 1: mean", b"act1, epoch 1: m\xffan")
+    (run,), _ = parse_log(b"".join(killed) + lost)
+    assert list(run.epochs[0]["alignment"]) == ["lin1"]
 
 
 def test_corrupt_bytes_cost_their_epoch_and_are_reported():

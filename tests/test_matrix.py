@@ -265,6 +265,11 @@ def test_signals_are_the_same_under_autocast():
         assert_same(model.dfa.signals(error, shapes), expected)
 
 
+def test_the_type_is_shown():
+    assert "feedback_dtype" not in repr(fc())
+    assert "feedback_dtype=torch.bfloat16" in repr(own_type(torch.bfloat16))
+
+
 @pytest.mark.parametrize("dtype", TYPES)
 def test_the_type_is_kept(dtype):
     model = own_type(dtype)

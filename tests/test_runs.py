@@ -3,7 +3,6 @@
 import json
 import math
 import subprocess
-import threading
 from collections import OrderedDict
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from mltools.data import Split, TrainingLoader
 from mltools.errors import UserError
 from mltools.networks import Network
 from mltools.results import RunFolder
-from mltools.training import Experiment, Trainer
+from mltools.training import Experiment
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -226,8 +225,8 @@ def test_a_diverged_run_stops_is_recorded_as_null_and_logged(tmp_path):
 
 def interrupted(path, experiment=DFA_RUN):
     """Trains a run that is stopped after its first epoch."""
-    stop = threading.Event()
-    tiny.train(path, experiment, epoch_ended=lambda metrics: stop.set(), stop=stop)
+    ended = []
+    tiny.train(path, experiment, epoch_ended=ended.append, stopped=lambda: bool(ended))
     return path
 
 
@@ -240,19 +239,10 @@ def whole(one_thread, tmp_path_factory):
 
 
 @pytest.mark.parametrize("steps", [1, 5, 9, 10])
-def test_a_run_stopped_after_any_step_ends_the_same(tmp_path, monkeypatch, whole, steps):
+def test_a_run_stopped_after_any_step_ends_the_same(tmp_path, whole, steps):
     """An epoch has five steps."""
-    stop, step, done = threading.Event(), Trainer.step, []
-
-    def counted(trainer):
-        step(trainer)
-        done.append(None)
-        if len(done) == steps:
-            stop.set()
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", counted)
-        tiny.train(tmp_path, DFA_RUN, stop=stop)
+    asked = iter(range(steps + 1))  # before each step
+    tiny.train(tmp_path, DFA_RUN, stopped=lambda: next(asked) == steps)
     checkpoint, (epoch, batch) = checkpoint_of(tmp_path), divmod(steps, 5)
     assert (len(checkpoint["epochs"]), checkpoint["position"]) == (epoch, batch)
     torch.rand(steps)  # another process would have another random state
@@ -315,9 +305,7 @@ def test_a_diverged_run_that_was_killed_before_its_end_does_not_train_on(tmp_pat
 
 
 def test_the_seconds_of_an_epoch_are_counted_over_its_interruption(tmp_path):
-    stop = threading.Event()
-    stop.set()
-    tiny.train(tmp_path, DFA_RUN, stop=stop)
+    tiny.train(tmp_path, DFA_RUN, stopped=lambda: True)
     checkpoint = checkpoint_of(tmp_path)
     assert checkpoint["epochs"] == [] and checkpoint["seconds"] > 0
     torch.save({**checkpoint, "seconds": 1000.0}, tmp_path / "checkpoint.pt")

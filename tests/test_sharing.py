@@ -116,7 +116,8 @@ def test_ctrl_c_ends_the_copies_of_torchrun_with_checkpoints(script, tmp_path):
     torchrun = script(tmp_path, *LONG_RUN, "--seeds", "0", "1", launcher=TORCHRUN)
     paths = [(tmp_path / FOLDER).with_name(f"seed-{seed}") for seed in (0, 1)]
     # Either process may start seconds after the other.
-    wait_for(lambda: all((path / "metrics.jsonl").exists() for path in paths))
+    metrics = [path / "metrics.jsonl" for path in paths]
+    wait_for(lambda: all(path.exists() and path.read_text() for path in metrics))
     torchrun.send_signal(signal.SIGINT)
     assert torchrun.wait() != 0
     assert "interrupted: the same command resumes" in torchrun.output.read_text()
@@ -153,7 +154,7 @@ def test_copies_of_torchrun_have_a_gpu_each(start, tmp_path, monkeypatch):
 def test_copies_of_torchrun_share_the_cores(monkeypatch, one_thread, two_cores, local, threads):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
-    run_sweep("none", [], options(), None)
+    run_sweep(None, [], options(), None)
     assert torch.get_num_threads() == threads
 
 

@@ -4,11 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
 import pytest
-from test_logs import own_log
+from made import own_log
 
 import best_practices
 import bottleneck_from_log
@@ -126,7 +127,8 @@ def home(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("todo", ["~/there", Path("~/there")], ids=["text", "path"])
 def test_a_todo_line_may_begin_with_a_tilde(start, home, monkeypatch, todo):
-    monkeypatch.setattr(best_practices, "RESULTS_DIR", todo)
+    options = replace(best_practices.OPTIONS, results_dir=todo)
+    monkeypatch.setattr(best_practices, "OPTIONS", options)
     _, _, err = start(best_practices.main, "--tables-only")
     assert err.startswith(f"error: {home / 'there' / 'best_practices'} has no results")
 

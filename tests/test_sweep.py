@@ -6,16 +6,17 @@ import signal
 import sys
 import time
 from pathlib import Path
-from unittest.mock import Mock, call
+from unittest.mock import MagicMock, Mock, call
 
 import pytest
 import torch
-from tiny import SIX_RUNS, checkpoint_of, metrics_of, outcome, sweep_outcome
+from made import made_run, save_run
+from tiny import SIX_RUNS, SMALL, checkpoint_of, metrics_of, outcome, sweep_outcome, tiny
 
 import best_practices
 from mltools import sweep
 from mltools.sweep import Options, run_sweep
-from mltools.training import Experiment, Settings, Trainer
+from mltools.training import Experiment, Run, Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread", "quick_figures")
 
@@ -80,14 +81,17 @@ def test_every_option_has_its_help(start):
         assert f"--{field.name.replace('_', '-')}" in text and field.metadata["help"] in text
 
 
-def test_a_run_has_the_settings_of_the_options(tmp_path):
-    asked = options(epochs=7, precision="bf16", feedback_placement="every-layer", batch_size=9)
-    data = sweep.DataSet("Digits", 10, (1, 32, 32), None, None, crc32="01234567")
-    experiment = Experiment("one", best_practices.FC)
-    run = sweep.describe_run(experiment, 5, asked, data)
-    assert (run.experiment, run.seed, run.data_crc32) == (experiment, 5, "01234567")
-    for field in dataclasses.fields(Settings):
-        assert getattr(run, field.name) == getattr(asked, field.name)
+def test_a_run_has_the_settings_of_the_options(tmp_path, monkeypatch):
+    runs = []
+    monkeypatch.setattr(sweep, "train_run", lambda trainer, *_: runs.append(trainer.run))
+    changes = {"epochs": 7, "batch_size": 9, "precision": "bf16"}
+    changes["feedback_placement"] = "every-layer"
+    asked = options(**changes, seeds=(5,), quiet=True)
+    data = dataclasses.replace(tiny(), crc32="01234567")
+    experiment = Experiment("one", SMALL)
+    run_sweep(tmp_path, [experiment], asked, data)
+    own = {"experiment": experiment, "dataset": "Digits", "seed": 5, "data_crc32": "01234567"}
+    assert runs == [Run(**own, **changes)]
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -118,7 +122,7 @@ def test_a_sweep_sets_the_arithmetic_of_pytorch(monkeypatch, precision, determin
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is as before afterwards
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     try:
-        run_sweep("none", [], options(precision=precision, deterministic=deterministic), None)
+        run_sweep(None, [], options(precision=precision, deterministic=deterministic), None)
         assert [backend.fp32_precision for backend in backends] == [expected, expected]
         assert torch.are_deterministic_algorithms_enabled() == deterministic
         assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == deterministic
@@ -158,6 +162,18 @@ def test_force_renames_folders_with_other_settings(start, tmp_path):
     assert code == 0 and "aside" not in out and content(one) == second
     run(300, "--force")
     assert [content(path) for path in aside] == [first, second]
+
+
+def test_all_is_checked_before_any_run_begins(start, tmp_path, monkeypatch):
+    begun = []
+    command = [*TWO_EPOCHS, "--experiments", "cnn-tanh", "fc-tanh", "--results-dir", tmp_path]
+    save_run(made_run("fc-tanh", 9, root=tmp_path / "best_practices"))
+    monkeypatch.setattr(sweep, "train_run", lambda *_: begun.append(None))
+    code, _, err = start(best_practices.main, *command)
+    assert code == 2 and "seed-9 holds a run with other settings" in err
+    code, _, err = start(best_practices.main, *command, "--force", "--batch-size", "1501")
+    assert code == 2 and "--batch-size 1501 is more than 1500 images" in err
+    assert begun == [] and [path.name for path in tmp_path.glob("*/*/seed-*")] == ["seed-9"]
 
 
 # Interruptions
@@ -216,11 +232,12 @@ def test_a_run_that_fails_ends_the_others_with_a_checkpoint(start, tmp_path, mon
 
 
 def test_tensorboard_gets_every_epoch_once(start, tmp_path, monkeypatch):
-    writer = Mock()
-    monkeypatch.setitem(sys.modules, "tensorboard", Mock())
+    writer = MagicMock()
+    writer.return_value.__enter__ = lambda self: self
+    monkeypatch.setattr(sweep, "find_spec", lambda name: name)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", Mock(SummaryWriter=writer))
     assert start(best_practices.main, *ONE_RUN, tmp_path, "--tensorboard")[0] == 0
-    expected = [call(folder(tmp_path) / "tensorboard", purge_step=1)]
+    expected = [call(folder(tmp_path) / "tensorboard")]
     for metrics in metrics_of(folder(tmp_path)):
         for name in ("loss", "accuracy"):
             for split in ("train", "test"):
@@ -230,4 +247,4 @@ def test_tensorboard_gets_every_epoch_once(start, tmp_path, monkeypatch):
             value = cosine["mean"]
             expected.append(call().add_scalar(f"alignment/{layer}", value, metrics["epoch"]))
         expected.append(call().flush())
-    assert writer.mock_calls == [*expected, call().close()]
+    assert writer.mock_calls == [*expected, call().__exit__(None, None, None)]

@@ -14,18 +14,37 @@ from mltools.results import RunResult
 from mltools.tables import Row, Table, protocols, reference_row, summarise, write_tables
 
 
+def of(*values):
+    return pytest.approx((statistics.mean(values), statistics.stdev(values)))
+
+
 def test_accuracies_are_means_and_sample_standard_deviations_over_seeds():
-    finals = [40.0, 43.5, 41.25]
     runs = [
-        made_run("fc", seed, (10.0, final), cosines={"act1": [0, 0.5 + seed / 10]})
-        for seed, final in enumerate(finals)
+        made_run("fc", seed, (10.0 + seed, final), cosines={"act1": [seed / 8, 0.5 + seed / 8]})
+        for seed, final in enumerate([40.0, 43.5, 41.25])
     ]
     row = summarise("fc", runs)
-    mean, std = statistics.mean(finals), statistics.stdev(finals)
-    assert row.test == pytest.approx((mean, std)) and row.train == pytest.approx((mean + 10, std))
+    assert row.test == of(40, 43.5, 41.25) and row.train == of(50, 53.5, 51.25)
     assert (row.seeds, row.note) == (3, "")
+    assert Table("", [row], ["act1", "act2"]).cells()[0] == [
+        "experiment", "test accuracy (%)", "train accuracy (%)", "cos act1", "seeds", "angles from"
+    ]  # fmt: skip
     assert row.alignment == {"act1": (0.5, 0.125)} and row.angles_from == "fc/seed-0"
     assert row.settings == {k: v for k, v in runs[0].settings.items() if k != "seed"}
+    assert row.curves == {
+        "test": {1: of(10, 11, 12), 2: row.test},
+        "train": {1: of(20, 21, 22), 2: row.train},
+        "act1": {1: of(0, 0.125, 0.25), 2: of(0.5, 0.625, 0.75)},
+    }
+
+
+def test_an_epoch_that_some_runs_lack_is_the_mean_of_the_others():
+    cosines = [0.1, 0.2, 0.3], [0.3, 0.4, 0.5], [0.5, 0.6, 0.7]
+    runs = [made_run(seed=i, test=(1, 2, 3), cosines={"act1": x}) for i, x in enumerate(cosines)]
+    del runs[0].epochs[1]  # as from a damaged log
+    runs[1].epochs[1]["alignment"]["act1"]["mean"] = None
+    found = summarise("fc", runs).curves["act1"]
+    assert found == {1: of(0.1, 0.3, 0.5), 2: (0.6, None), 3: of(0.3, 0.5, 0.7)}
 
 
 def test_unfinished_missing_and_diverged_runs_are_only_counted():
@@ -39,6 +58,7 @@ def test_unfinished_missing_and_diverged_runs_are_only_counted():
     assert row.test == (43.0, None) and row.seeds == 1
     assert row.note == "1 diverged, 2 not finished"
     assert row.alignment == {} and row.angles_from == ""
+    assert row.curves["test"] == {1: (42.0, None), 2: (43.0, None)}
 
 
 def test_runs_of_different_settings_do_not_share_a_row():

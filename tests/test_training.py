@@ -1,5 +1,6 @@
 """A run's arithmetic: its steps with and without each speed-up, alone and beside others."""
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from unittest.mock import Mock, call
@@ -9,7 +10,7 @@ import tiny
 import torch
 
 from mltools.data import Split
-from mltools.gpu import capture, own_stream
+from mltools.gpu import SharedLock, capture, own_stream
 from mltools.layers import Conv2d, Linear, MaxPool2d, Tanh
 from mltools.networks import Network
 from mltools.training import Experiment, Trainer
@@ -151,6 +152,29 @@ def test_runs_side_by_side_give_what_each_gives_alone(device, deterministic):
         together = list(pool.map(work, runs))
     assert together == alone
     assert all(a[0] != b[0] for a, b in zip(alone[::2], alone[1::2]))
+
+
+def test_one_thread_alone_waits_for_those_together():
+    lock, order = SharedLock(), []
+    inside, leave = threading.Event(), threading.Event()
+
+    def together():
+        with lock.together(), lock.together():
+            inside.set()
+            leave.wait()
+            order.append("together")
+
+    def alone():
+        with lock.alone():
+            order.append("alone")
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(together)
+        inside.wait()
+        second = pool.submit(alone)
+        leave.set()
+        first.result(), second.result()
+    assert order == ["together", "alone"]
 
 
 # CUDA graphs

@@ -1,7 +1,6 @@
 """Tiny data sets and runs, and the files of a run in a form that can be compared."""
 
 import json
-import threading
 
 import numpy as np
 import torch
@@ -42,12 +41,13 @@ def describe(experiment, **changes):
     return Run(experiment=experiment, **{**common, **placement, **changes})
 
 
-def train(path, experiment, data=None, epoch_ended=lambda metrics: None, stop=None, **changes):
+def train(
+    path, experiment, data=None, epoch_ended=lambda metrics: None, stopped=lambda: False, **changes
+):
     """Trains or resumes a run in a folder; returns the lines that were reported."""
     lines = []
     trainer = Trainer(describe(experiment, **changes), data or tiny(), CPU)
-    stop = stop or threading.Event()
-    train_run(trainer, RunFolder(path), lines.append, epoch_ended, stop)
+    train_run(trainer, RunFolder(path), lines.append, epoch_ended, stopped)
     return lines
 
 
