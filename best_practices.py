@@ -27,11 +27,11 @@ from mltools.training import Experiment
 
 SCRIPT = "best_practices"
 OPTIONS = Options(
-    # TODO: where the data is; what is not there is fetched.
+    # TODO: set the folder of the data sets; a missing one is fetched.
     data_dir=Path("data"),
-    # TODO: where the results go.
+    # TODO: set the folder of the results.
     results_dir=Path("results"),
-    # TODO: what to train on; "Digits" needs no data.
+    # TODO: choose a data set; "Digits" comes with the code.
     dataset="CIFAR-10",
     # The 2019 protocol.
     epochs=50,

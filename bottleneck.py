@@ -49,11 +49,11 @@ class BottleneckOptions(Options):
 
 
 OPTIONS = BottleneckOptions(
-    # TODO: where the data is; what is not there is fetched.
+    # TODO: set the folder of the data sets; a missing one is fetched.
     data_dir=Path("data"),
-    # TODO: where the results go.
+    # TODO: set the folder of the results.
     results_dir=Path("results"),
-    # TODO: what to train on; "Digits" needs no data.
+    # TODO: choose a data set; "Digits" comes with the code.
     dataset="CIFAR-10",
     # The 2019 protocol, as in best_practices.py.
     epochs=50,

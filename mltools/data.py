@@ -38,7 +38,7 @@ from filelock import FileLock
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from mltools.errors import UserError, user_errors
+from mltools.errors import UserError, one_line, user_errors
 from mltools.results import write_atomically
 
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
@@ -347,12 +347,15 @@ def _form(info: Info) -> str:
 
 def _make(name: str, path: Path) -> None:
     """Fetches a data set and writes its npz file, unless another process has done so meanwhile."""
-    with user_errors(path, "make room, or choose another data folder", "written"):
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f".{path.name}.lock")):
             if not os.path.lexists(path):
                 arrays = _fetch(name, path)
                 write_atomically(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
+    except OSError as error:
+        remedy = "make room, or choose another data folder"
+        raise UserError(f"{path} cannot be written ({one_line(error)}): {remedy}") from error
 
 
 def _fetch(name: str, path: Path) -> dict[str, np.ndarray]:

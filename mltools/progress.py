@@ -64,8 +64,8 @@ class Progress:
             # Folders of a large sweep on a slow disk take time that the runs would have.
             self._next_update = end + max(SECONDS_BETWEEN_UPDATES, 20 * (end - start))
 
-    def run_ended(self, run: Run) -> None:
-        """Shows the new epochs of a run."""
+    def update_run(self, run: Run) -> None:
+        """Shows the new epochs of one run: when it has ended, or its folder was renamed."""
         with self._lock:
             if run in self._left:
                 self._show(run)
@@ -78,11 +78,11 @@ class Progress:
             return []
         # A folder of another run, or of one that cannot be resumed, is renamed with --force.
         epochs = result.epochs if result.settings == run.settings else []
-        seen = self._seen[run] if len(epochs) >= self._seen[run] else 0
+        new = epochs[self._seen[run] :]
         self._seen[run] = len(epochs)
         if epochs and result.finished:
             del self._left[run]
-        return epochs[seen:]
+        return new
 
     def _show(self, run: Run) -> None:
         for metrics in self._new_epochs(run):

@@ -69,7 +69,7 @@ class Options(Settings):
     force: bool = option("rename a folder with other settings, and start anew", False)
     quiet: bool = option("show nothing but the tables and errors", False)
     tensorboard: bool = option("write each run's epochs for TensorBoard, into its folder", False)
-    tables_only: bool = option("run nothing, write tables and figures of what is there", False)
+    tables_only: bool = option("train nothing, only write tables and figures", False)
 
     def at_once(self) -> int:
         """Returns how many runs to train at once."""
@@ -200,6 +200,7 @@ def _train(folders: Mapping[Run, RunFolder], options: Options, data: DataSet) ->
             if not options.force:
                 raise
             show(f"{folder.path} renamed to {folder.rename()}")
+            progress.update_run(run)
 
         def epoch_ended(metrics: Metrics) -> None:
             if options.tensorboard:
@@ -210,7 +211,7 @@ def _train(folders: Mapping[Run, RunFolder], options: Options, data: DataSet) ->
             trainer = Trainer(run, data, device)
             with _tensorboard(folder, options) as writer:
                 train_run(trainer, folder, progress.line, epoch_ended, stop.is_set)
-        progress.run_ended(run)
+        progress.update_run(run)
 
     def work() -> None:
         try:

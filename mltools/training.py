@@ -302,13 +302,13 @@ def train_run(
         heading, settings = first_lines(run.name, run.settings, device)
         log(heading)
         folder.log(settings)
+        save(0, 0.0)  # or a kill in the first epoch would begin the log again
     else:
         result.epochs, angles, position, seconds = _load_checkpoint(path, trainer)
+        folder.write_angles(angles)  # a kill between two files leaves this one an epoch behind
+        folder.write_metrics(result.epochs)
         batch = f", batch {position}" if position else ""
         log(f"{run.name}: resuming after epoch {len(result.epochs)}{batch}")
-    # A kill in the first epoch must not begin the log again. After a kill, metrics.jsonl and
-    # angles.npz may lack an epoch of the checkpoint.
-    save(position, seconds)
     if device.type == "cuda":
         try:
             trainer.capture()

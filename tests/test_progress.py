@@ -44,9 +44,9 @@ def test_the_epochs_of_a_run_that_begins_anew_in_a_renamed_folder(tmp_path, caps
     (run,) = runs = {tiny.describe(EXPERIMENTS[0], batch_size=batch_size): RunFolder(path)}
     progress = Progress(runs, quiet=False)
     RunFolder(path).rename()
-    progress.run_ended(run)
+    progress.update_run(run)
     tiny.train(path, EXPERIMENTS[0], batch_size=batch_size)
-    progress.run_ended(run)
+    progress.update_run(run)
     assert capsys.readouterr().out.count(": epoch ") == 3
 
 

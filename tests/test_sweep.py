@@ -164,6 +164,16 @@ def test_force_renames_folders_with_other_settings(start, tmp_path):
     assert [content(path) for path in aside] == [first, second]
 
 
+def test_all_epochs_are_shown_of_a_run_that_begins_anew_without_its_checkpoint(start, tmp_path):
+    start(best_practices.main, *ONE_RUN, tmp_path)
+    metrics = folder(tmp_path) / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().splitlines(keepends=True)[0])
+    code, _, err = start(best_practices.main, *ONE_RUN, tmp_path)
+    assert code == 2 and "has results of 1 epochs and no checkpoint.pt" in err
+    code, out, _ = start(best_practices.main, *ONE_RUN, tmp_path, "--force")
+    assert code == 0 and out.count(": epoch ") == 2
+
+
 def test_all_is_checked_before_any_run_begins(start, tmp_path, monkeypatch):
     begun = []
     command = [*TWO_EPOCHS, "--experiments", "cnn-tanh", "fc-tanh", "--results-dir", tmp_path]
