@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dfatools.bottleneck import unthinned
+from dfatools.bottleneck import unmasked
 from dfatools.feedback import DFA, DFALayer, evaluation
 
 
@@ -96,7 +96,7 @@ def probe(model: nn.Module, x: Any, y: Any, loss: Callable) -> tuple[int, dict[s
             sources = list(
                 {id(source): source for _, source, _ in seen.calls if source is not None}.values()
             )
-            with unthinned(model):
+            with unmasked(model):
                 error, *bp = torch.autograd.grad(
                     value, [output, *ends], retain_graph=True, allow_unused=True
                 )

@@ -1,4 +1,4 @@
-"""The gradient bottleneck: a layer that lets only part of its gradients through (Section 4)."""
+"""The gradient bottleneck: a Linear layer that masks its gradients."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ class BottleneckLinear(nn.Linear):
 
     The forward pass is that of `nn.Linear`. Which entries of the weight's and the bias's gradient
     are kept is drawn once; the masks are buffers. Of the gradient with respect to the input, the
-    entries, one for each sample and feature, are drawn anew in each backward pass.
+    entries are drawn anew in each backward pass, by `input_mask`.
 
     Args:
         in_features, out_features, bias: as for `nn.Linear`.
@@ -23,7 +23,7 @@ class BottleneckLinear(nn.Linear):
     Attributes:
         input_generator: draws what is kept of the gradient with respect to the input, on that
             tensor's device; the device's default one if None.
-        thinning: False lets everything through, see `unthinned`.
+        masking: False lets whole gradients through, see `unmasked`.
 
     Raises ValueError for a `keep` outside 0..1.
     """
@@ -40,7 +40,7 @@ class BottleneckLinear(nn.Linear):
         if not 0 <= keep <= 1:
             raise ValueError(f"keep is a probability, from 0 to 1, not {keep}")
         self.keep = keep
-        self.thinning = True
+        self.masking = True
         self.input_generator: torch.Generator | None = None
         for name, parameter in (("weight", self.weight), ("bias", self.bias)):
             mask = None
@@ -53,26 +53,31 @@ class BottleneckLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(*, in_features) to (*, out_features)."""
-        weight = _Thin.apply(self.weight, self, self.weight_mask)
-        bias = None if self.bias is None else _Thin.apply(self.bias, self, self.bias_mask)
-        return F.linear(_Thin.apply(input, self, None), weight, bias)
+        weight = _Mask.apply(self.weight, self, self.weight_mask)
+        bias = None if self.bias is None else _Mask.apply(self.bias, self, self.bias_mask)
+        return F.linear(_Mask.apply(input, self, None), weight, bias)
+
+    def input_mask(self, gradient: Tensor) -> Tensor:
+        """Draws the mask, 0 or 1 for each entry, of the gradient with respect to the input."""
+        mask = torch.empty_like(gradient)
+        return mask.bernoulli_(self.keep, generator=self.input_generator)
 
 
 @contextmanager
-def unthinned(model: nn.Module) -> Iterator[None]:
+def unmasked(model: nn.Module) -> Iterator[None]:
     """Lets whole gradients through the bottlenecks of a model, so that BP's are the true ones."""
-    layers = [m for m in model.modules() if isinstance(m, BottleneckLinear) and m.thinning]
+    layers = [m for m in model.modules() if isinstance(m, BottleneckLinear) and m.masking]
     try:
         for layer in layers:
-            layer.thinning = False
+            layer.masking = False
         yield
     finally:
         for layer in layers:
-            layer.thinning = True
+            layer.masking = True
 
 
-class _Thin(torch.autograd.Function):
-    """Identity; backward: keeps the gradient where the mask is 1. Without a mask, one is drawn."""
+class _Mask(torch.autograd.Function):
+    """Identity; backward: multiplies the gradient by the mask, or by the layer's `input_mask`."""
 
     @staticmethod
     def forward(ctx, tensor: Tensor, layer: BottleneckLinear, mask: Tensor | None) -> Tensor:
@@ -81,10 +86,7 @@ class _Thin(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        if not ctx.layer.thinning:
+        if not ctx.layer.masking:
             return gradient, None, None
-        mask = ctx.mask
-        if mask is None:
-            mask = torch.empty_like(gradient)
-            mask.bernoulli_(ctx.layer.keep, generator=ctx.layer.input_generator)
+        mask = ctx.layer.input_mask(gradient) if ctx.mask is None else ctx.mask
         return gradient * mask, None, None

@@ -100,7 +100,7 @@ def test_alignment_compares_the_masked_signal_with_the_true_gradient():
         torch.testing.assert_close(cosines[name], expected, rtol=0, atol=1e-12)
     with pytest.raises(RuntimeError):
         measure_alignment(model, x, y, lambda output, y: output)  # no scalar
-    assert model[2].thinning  # set back, after an error too
+    assert model[2].masking  # set back, after an error too
 
 
 def test_prealignment_aligns_the_layer_behind_the_bottleneck():

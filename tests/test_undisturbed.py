@@ -85,7 +85,7 @@ def test_the_generator_of_a_bottleneck():
     bottleneck.input_generator = generator = torch.Generator().manual_seed(5)
     before = generator.get_state()
     measure_alignment(model, *batch(), F.cross_entropy)
-    assert torch.equal(generator.get_state(), before) and bottleneck.thinning
+    assert torch.equal(generator.get_state(), before) and bottleneck.masking
 
 
 def test_a_feedback_matrix_takes_its_random_numbers_for_good():
