@@ -1,7 +1,9 @@
-"""The bottleneck effect: how alignment and accuracy fall as the gradient is narrowed (Section 4).
+"""The bottleneck effect: how alignment and accuracy fall as the gradient is masked (Section 4).
 
-    python bottleneck.py                              the paper: 14 sizes, two initialisations
+    python bottleneck.py                              as published: 14 sizes, two initialisations
     python bottleneck.py --sizes 118 --init std       one run
+    python bottleneck.py --protocol corrected --results-dir results/corrected
+                                                      DFA proper, measured exactly
     python bottleneck.py --kind width                 a really narrow layer instead
     python bottleneck.py --tables-only                table and figures of what is there
     torchrun --nproc_per_node=8 bottleneck.py         the runs spread over 8 GPUs
@@ -58,6 +60,7 @@ OPTIONS = BottleneckOptions(
     # The 2019 protocol, as in best_practices.py.
     epochs=50,
     batch_size=128,
+    protocol="release",
     seeds=(0,),
 )
 LEARNING_RATE = 5e-4

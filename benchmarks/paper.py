@@ -77,10 +77,10 @@ def measure(
 
 def multiply_adds(experiment: Experiment, data: DataSet, device: torch.device) -> int:
     """Returns the multiply-adds of an epoch of training."""
-    method = {"training_method": experiment.training_method}
-    model = experiment.network.build(data.input_shape, data.classes, **method).to(device)
-    images = torch.randn(BATCH, *data.input_shape, device=device)
-    return products(model, images)[0] * (len(data.train) // BATCH)
+    shape, method = data.input_shape, experiment.training_method
+    model = experiment.network.build(shape, data.classes, "release", training_method=method)
+    images = torch.randn(BATCH, *shape, device=device)
+    return products(model.to(device), images)[0] * (len(data.train) // BATCH)
 
 
 def main() -> None:
@@ -99,9 +99,9 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
     options = Options(
-        dataset="CIFAR-10", epochs=1, batch_size=BATCH, precision=args.precision, seeds=(0,),
-        data_dir=Path(), results_dir=Path(), device=args.device, parallel_runs=args.parallel_runs,
-        quiet=True,
+        dataset="CIFAR-10", epochs=1, batch_size=BATCH, protocol="release",
+        precision=args.precision, seeds=(0,), data_dir=Path(), results_dir=Path(),
+        device=args.device, parallel_runs=args.parallel_runs, quiet=True,
     )  # fmt: skip
     print(f"{machine(device)}; {args.precision}, {options.at_once()} run(s) at once")
     with tempfile.TemporaryDirectory() as folder:

@@ -3,6 +3,7 @@
 data.py        data sets as tensors on the device, shuffled batches
 layers.py      torch.nn's layers, with their SGD step in the backward pass
 networks.py    the paper's networks, with their feedback points
+release.py     the 2019 release's departures from DFA, of --protocol release
 training.py    a run: its description, its training step, its loop over epochs
 gpu.py         several runs on one GPU: streams, CUDA graphs
 sweep.py       the command line, and the loop over experiments and seeds

@@ -227,7 +227,7 @@ class _ReleaseReader:
                 title = f"{match[2]}-{round(800 * (1 - float(match[1])))}"
             name = re.sub(r"[^\w.]+", "-", title.lower()).strip("-.")
             settings = _basic_settings(f"{name} seed {self.seed}", epochs, dataset)
-            settings |= {"batch_size": int(batch_size), "feedback_placement": "release"}
+            settings |= {"batch_size": int(batch_size), "protocol": "release"}
             self.run, self.epoch, self.layers = _new_run(settings), 0, None
             self.runs.append(self.run)
         elif line.startswith("EPOCH "):
@@ -271,7 +271,7 @@ def _basic_settings(run: str, epochs: str, dataset: str) -> dict:
     name, _, seed = run.partition(" seed ")
     return {
         "experiment": {"name": name}, "seed": None if seed == "None" else int(seed),
-        "dataset": dataset, "epochs": int(epochs), "batch_size": None, "feedback_placement": None,
+        "dataset": dataset, "epochs": int(epochs), "batch_size": None, "protocol": None,
     }  # fmt: skip
 
 

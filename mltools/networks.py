@@ -8,9 +8,9 @@ from torch import nn
 from dfatools import DFA, BottleneckLinear, DFALayer
 from mltools.errors import UserError
 from mltools.layers import ChannelDropout, Conv2d, Dropout, Linear, MaxPool2d, Tanh
+from mltools.release import PROTOCOLS, FixedMaskLinear, missing_point
 
 ACTIVATIONS = {"tanh": Tanh, "relu": nn.ReLU, "leaky-relu": nn.LeakyReLU}
-PLACEMENTS = ("release", "every-layer")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class Network:
         self,
         input_shape: tuple[int, int, int],
         classes: int,
-        placement: str = "release",
+        protocol: str = "corrected",
+        mask_rows: int = 128,
         **dfa_options,
     ) -> nn.Sequential:
         """Makes the network on the CPU; weights and feedback matrix are from the default generator.
@@ -49,27 +50,36 @@ class Network:
         Args:
             input_shape: (channels, height, width) of an image.
             classes: size of the output.
-            placement: `"every-layer"` puts a feedback point after each hidden block; `"release"`
-                omits, as in 2019, the one before the CNN's last Linear or a `BottleneckLinear`.
+            protocol: `"corrected"` puts a feedback point after each hidden block; `"release"` makes
+                the network of the 2019 release, see `mltools.release`.
+            mask_rows: under `"release"`, the largest number of samples in a batch.
             dfa_options: the keyword arguments of `dfatools.DFA`.
 
         Raises UserError for images too small for the CNN's three poolings.
         """
+        if protocol not in PROTOCOLS:
+            raise ValueError(f"protocol must be one of {PROTOCOLS}, not {protocol!r}")
         blocks = {"fc": self._fc, "cnn": self._cnn}[self.architecture](input_shape, classes)
-        if placement not in PLACEMENTS:
-            raise ValueError(f"placement must be one of {PLACEMENTS}, not {placement!r}")
-        missed = None if self.bottleneck is None else 1  # the block without a point in the release
-        if self.architecture == "cnn":
-            missed = len(blocks) - 1
+        points = {*range(1, len(blocks))}
+        if protocol == "release":
+            missing = missing_point(self.architecture, self.bottleneck is not None, len(blocks))
+            points.discard(missing)
+        if self.bottleneck is not None:
+            inputs, outputs = self.hidden[:2]
+            kind = FixedMaskLinear if protocol == "release" else BottleneckLinear
+            blocks[1]["lin2"] = kind(inputs, outputs, self.bottleneck)
         model = nn.Sequential()
         for i, block in enumerate(blocks):
-            if i > 0 and (placement == "every-layer" or i != missed):
+            if i in points:
                 model.add_module(f"point{i}", DFALayer())
             for name, module in block.items():
                 if module is not None:
                     model.add_module(name, module)
         model.add_module("dfa", DFA(model, **dfa_options))
         model.eval()(torch.zeros(1, *input_shape))  # draws the feedback matrix
+        for layer in model:
+            if isinstance(layer, FixedMaskLinear):
+                layer.draw_input_masks(mask_rows)  # last, so that the protocols begin alike
         return model.train()
 
     def multiply_adds(self, input_shape: tuple[int, int, int], classes: int) -> int:
@@ -88,8 +98,6 @@ class Network:
             {f"lin{i}": Linear(sizes[i - 1], sizes[i]), **self._hidden(i, sizes[i])}
             for i in range(1, len(sizes))
         ]
-        if self.bottleneck is not None:
-            blocks[1]["lin2"] = BottleneckLinear(sizes[1], sizes[2], self.bottleneck)
         blocks[0] = {"flat": nn.Flatten(), "drop0": _dropout(self.dropout_input), **blocks[0]}
         return [*blocks, {f"lin{len(sizes)}": Linear(sizes[-1], classes)}]
 
@@ -115,7 +123,8 @@ class Network:
         ]
         blocks[0] = {"drop0": _dropout(self.dropout_input, ChannelDropout), **blocks[0]}
         features = sizes[-1] * image[0] * image[1]
-        hidden = {"flat": nn.Flatten(), "lin1": Linear(features, 128), **self._hidden(4, 128)}
+        blocks[-1]["flat"] = nn.Flatten()
+        hidden = {"lin1": Linear(features, 128), **self._hidden(4, 128)}
         return [*blocks, hidden, {"lin2": Linear(128, classes)}]
 
     def _hidden(self, i: int, size: int) -> dict:

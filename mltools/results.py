@@ -248,7 +248,7 @@ def check_settings(settings: dict) -> None:
         dataset=_is_name,
         epochs=whole,
         batch_size=_or_none(whole),
-        feedback_placement=_or_none(_is_name),
+        protocol=_or_none(_is_name),
     )
 
 

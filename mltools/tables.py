@@ -167,13 +167,13 @@ def reference_row(row: Row, path: Path, source: str) -> list[Row]:
 
 
 def protocols(rows: Iterable[Row]) -> str:
-    """Returns the data set, epochs, batch size and feedback placement of rows, for a title."""
+    """Returns the data set, epochs, batch size and protocol of rows, for a title."""
     found = []
     for settings in (row.settings for row in rows if row.settings):
         precision = settings.get("precision", "float32")
         found.append(
             f"{settings['dataset']}, {settings['epochs']} epochs, batch {settings['batch_size']}, "
-            f"feedback placement {settings['feedback_placement']}"
+            f"protocol {settings['protocol']}"
             + (f", {precision}" if precision != "float32" else "")
         )
     return "; ".join(dict.fromkeys(found)) or "no finished run"

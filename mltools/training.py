@@ -34,7 +34,8 @@ from mltools.errors import UserError, one_line, user_errors
 from mltools.gpu import capture, process_state
 from mltools.layers import Conv2d, Dropout, Linear
 from mltools.logs import epoch_lines, first_lines
-from mltools.networks import PLACEMENTS, Network
+from mltools.networks import Network
+from mltools.release import PROTOCOLS, measure_release_alignment
 from mltools.results import Metrics, RunFolder, RunResult, check_metrics, make_metrics, rounded
 
 PRECISIONS = ("float32", "tf32", "bf16")
@@ -79,14 +80,15 @@ class Settings:
     dataset: str = option("the data to train on", choices=DATASETS)
     epochs: int = option("epochs of training", type=int)
     batch_size: int = option("samples in a training step", type=int)
-    feedback_placement: str = option(
-        "every-layer: a feedback point before every weight layer but the first, which is DFA "
-        "proper; release: the same, less the points that the 2019 release missed",
-        "release",
-        choices=PLACEMENTS,
+    protocol: str = option(
+        "release: train and measure as the 2019 release does, for its published numbers; "
+        "corrected: feedback at every hidden block, bottleneck masks drawn in each step, and the "
+        "exact alignment",
+        "corrected",
+        choices=PROTOCOLS,
     )
     precision: str = option(
-        "of the training and the evaluation: float32, as in the paper; tf32, faster matrix "
+        "of the training and the evaluation: float32, as in 2019; tf32, faster matrix "
         "products on CUDA; bf16, mixed precision",
         "float32",
         choices=PRECISIONS,
@@ -141,7 +143,8 @@ class Trainer:
             self.model = experiment.network.build(
                 data.input_shape,
                 data.classes,
-                run.feedback_placement,
+                run.protocol,
+                max(run.batch_size, ALIGNMENT_SAMPLES),
                 normalization=experiment.normalization,
                 reduction=experiment.reduction,
                 training_method=experiment.training_method,
@@ -214,8 +217,11 @@ class Trainer:
             return {}
         x, y = next(iter(self.test))
         x, y = x[:ALIGNMENT_SAMPLES], y[:ALIGNMENT_SAMPLES]
-        with process_state.together():
-            cosines = measure_alignment(self.model, x, y, F.cross_entropy)
+        if self.run.protocol == "release":
+            cosines = measure_release_alignment(self.model, x, y)
+        else:
+            with process_state.together():
+                cosines = measure_alignment(self.model, x, y, F.cross_entropy)
         rows = torch.stack([*cosines.values()]).float().cpu().numpy()
         return dict(zip(cosines, rows))
 

@@ -22,7 +22,7 @@ def made_run(
         settings: take the place of those below; `epochs` above len(test) is an unfinished run.
     """
     common = {"dataset": "tiny", "epochs": len(test), "batch_size": 8}
-    common |= {"experiment": {"name": name}, "feedback_placement": "release", "seed": seed}
+    common |= {"experiment": {"name": name}, "protocol": "release", "seed": seed}
     epochs = [
         {
             "epoch": i + 1,
@@ -72,7 +72,7 @@ def metrics(epoch, shift=0.0):
 def settings_of(experiment="fc-tanh", seed=0, epochs=5, batch_size=128, dataset="CIFAR-10"):
     return {
         "experiment": {"name": experiment}, "seed": seed, "dataset": dataset, "epochs": epochs,
-        "batch_size": batch_size, "feedback_placement": "release" if batch_size else None,
+        "batch_size": batch_size, "protocol": "release" if batch_size else None,
     }  # fmt: skip
 
 

@@ -18,13 +18,13 @@ FEEDBACK = 3 * 32 * 7 * 7  # one product, as wide as the widest point
 FORWARD = sum(CONVOLUTIONS + LINEARS)
 
 
-@pytest.mark.parametrize("placement, method, other, count_of_works", [
-    ("every-layer", "dfa", FEEDBACK, 11),
+@pytest.mark.parametrize("protocol, method, other, count_of_works", [
+    ("corrected", "dfa", FEEDBACK, 11),
     ("release", "dfa", FEEDBACK + LINEARS[1], 12),  # BP before the last layer
-    ("every-layer", "bp", FORWARD - CONVOLUTIONS[0], 12),
+    ("corrected", "bp", FORWARD - CONVOLUTIONS[0], 12),
 ])  # fmt: skip
-def test_the_products_of_the_papers_cnn(placement, method, other, count_of_works):
-    model = Network("cnn").build((2, 15, 16), 3, placement, training_method=method)
+def test_the_products_of_the_papers_cnn(protocol, method, other, count_of_works):
+    model = Network("cnn").build((2, 15, 16), 3, protocol, training_method=method)
     count, works = products(model, torch.randn(N, 2, 15, 16))
     assert count == N * (2 * FORWARD + other) and len(works) == count_of_works
     for work in works:

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "quick_figures")
 ROOT = Path(best_practices.__file__).parent
 EXPERIMENTS = {experiment.name: experiment for experiment in best_practices.EXPERIMENTS}
 DIGITS = ("--dataset", "Digits", "--device", "cpu")
-PROTOCOL = {"dataset": "CIFAR-10", "batch_size": 128, "feedback_placement": "release"}
+PROTOCOL = {"dataset": "CIFAR-10", "batch_size": 128, "protocol": "release"}
 
 
 def test_the_experiments_are_the_papers():
@@ -93,7 +93,7 @@ def test_a_run_leaves_its_files_and_is_not_run_again(start, tmp_path):
         (["--experiments", "fc-tnah"], "no experiment is called 'fc-tnah'"),
         (["--device", "tpu"], "--device must be auto, cpu, cuda or cuda:N"),
         (["--device", "cuda:99"], "--device cuda:99 is not there"),
-        (["--feedback-placement", "nowhere"], "every-layer"),
+        (["--protocol", "nowhere"], "corrected"),
         (["--epochs", "0"], "--epochs must be at least 1"),
         (["--batch-size", "1"], "--batch-size at least 2"),
         (["--batch-size", "5000"], "5000"),

@@ -116,7 +116,7 @@ def test_settings_that_all_experiments_share_and_versions_stand_once(page):
     tables = page[3]
     assert dict(tables["Common to all experiments"]) == {
         "setting": "value", "dropout": "no", "dataset": "tiny", "epochs": "3",
-        "batch size": "8", "feedback placement": "release",
+        "batch size": "8", "protocol": "release",
     }  # fmt: skip
     assert tables["Different between experiments"] == [
         ["experiment", "hidden"], ["fc", "8, 8"], ["100% a#b", "4"]

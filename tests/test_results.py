@@ -126,7 +126,7 @@ def test_a_damaged_line_is_one_line_with_its_place(folder, line):
         json.dumps({"settings": SETTINGS | change, "environment": {}})
         for change in (
             {"experiment": "fc"}, {"experiment": {"name": "a\nb"}}, {"seed": -1}, {"seed": "0"},
-            {"dataset": None}, {"epochs": 2.5}, {"batch_size": 0}, {"feedback_placement": 3},
+            {"dataset": None}, {"epochs": 2.5}, {"batch_size": 0}, {"protocol": 3},
         )
     )],
 )  # fmt: skip

@@ -51,7 +51,7 @@ def network_of(experiment, data, seed=SEED):
     """The run's network, and the same modules without those of DFA."""
     torch.manual_seed(seed)
     model = experiment.network.build(
-        data.input_shape, data.classes, "every-layer",
+        data.input_shape, data.classes, "corrected",
         normalization=experiment.normalization, reduction=experiment.reduction,
     )  # fmt: skip
     kept = [(n, m) for n, m in model.named_children() if not isinstance(m, (DFA, DFALayer))]
@@ -189,7 +189,7 @@ def test_a_finished_run_leaves_the_files_of_the_design(tmp_path):
     assert experiment["network"]["hidden"] == [8, 7, 6] and experiment["learning_rate"] == 0.02
     assert config["settings"] == {
         "dataset": "tiny", "epochs": EPOCHS, "batch_size": BATCH, "precision": "float32",
-        "feedback_placement": "every-layer", "seed": SEED, "data_crc32": None,
+        "protocol": "corrected", "seed": SEED, "data_crc32": None,
     }  # fmt: skip
     git = ["git", "-C", Path(mltools.__file__).parents[1], "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None

@@ -85,7 +85,7 @@ def test_a_run_has_the_settings_of_the_options(tmp_path, monkeypatch):
     runs = []
     monkeypatch.setattr(sweep, "train_run", lambda trainer, *_: runs.append(trainer.run))
     changes = {"epochs": 7, "batch_size": 9, "precision": "bf16"}
-    changes["feedback_placement"] = "every-layer"
+    changes["protocol"] = "corrected"
     asked = options(**changes, seeds=(5,), quiet=True)
     data = dataclasses.replace(tiny(), crc32="01234567")
     experiment = Experiment("one", SMALL)

@@ -81,8 +81,8 @@ def test_a_title_has_each_protocol_once_and_the_precision_if_it_is_not_float32()
         for precision in ("float32", "bf16", "bf16")
     ]
     assert protocols(rows).split("; ") == [
-        "tiny, 2 epochs, batch 8, feedback placement release",
-        "tiny, 2 epochs, batch 8, feedback placement release, bf16",
+        "tiny, 2 epochs, batch 8, protocol release",
+        "tiny, 2 epochs, batch 8, protocol release, bf16",
     ]
 
 

@@ -67,7 +67,7 @@ def assert_same_training(captured, plain):
 @NETWORKS
 @pytest.mark.parametrize("method", ["dfa", "bp"])
 def test_a_fast_step_agrees_with_a_plain_one(network, method):
-    # The paper's rate; a much larger one doubles the difference in each step.
+    # The scripts' rate; a much larger one doubles the difference in each step.
     fast, plain = (trainer(network, method=method, lr=5e-4) for _ in range(2))
     before = {name: value.double() for name, value in plain.model.state_dict().items()}
     for module in plain.model.modules():

@@ -37,8 +37,7 @@ SIX_RUNS = (
 
 def describe(experiment, **changes):
     common = {"dataset": "tiny", "epochs": EPOCHS, "batch_size": BATCH, "seed": SEED}
-    placement = {"feedback_placement": "every-layer"}
-    return Run(experiment=experiment, **{**common, **placement, **changes})
+    return Run(experiment=experiment, **{**common, **changes})
 
 
 def train(
