@@ -43,7 +43,8 @@ class Row:
     train: Spread | None = None
     """Running train accuracy of the last epoch, over seeds."""
     alignment: dict[str, Spread] = field(default_factory=dict)
-    """Layer to the mean and standard deviation of the cosine over the samples of one run."""
+    """Layer to the mean and standard deviation of the cosine over the samples of one run, the one
+    with the highest final train accuracy."""
     angles_from: str = ""
     """The name of that run."""
     seeds: int = 0
@@ -54,6 +55,8 @@ class Row:
     """The settings that the runs share, without the seed; empty for reference numbers."""
     curves: Curves = field(default_factory=dict)
     """Over the same runs; empty for reference numbers."""
+    runs: list["Row"] = field(default_factory=list)
+    """A row for each run that the accuracies are taken over."""
 
 
 @dataclass
@@ -119,12 +122,21 @@ def summarise(name: str, runs: Sequence[RunResult]) -> Row:
     note = ", ".join(f"{number} {state}" for state, number in left_out.items() if number)
     row = Row(name, seeds=len(counted), note=note, settings=common, curves=_curves(counted))
     if counted:
+        row.runs = [_row_of_run(run) for run in counted]
         last = [run.epochs[-1] for run in counted]
         row.test, row.train = (_spread([x[f"{split}_accuracy"] for x in last]) for split in SPLITS)
-        cosines = last[0]["alignment"].items()
-        row.alignment = {x: (c["mean"], c["std"]) for x, c in cosines if c["mean"] is not None}
-        row.angles_from = counted[0].name if row.alignment else ""
+        best = _row_of_run(max(counted, key=lambda run: run.epochs[-1]["train_accuracy"]))
+        row.alignment, row.angles_from = best.alignment, best.angles_from
     return row
+
+
+def _row_of_run(run: RunResult) -> Row:
+    """Returns the row of one run, under its own name."""
+    last = run.epochs[-1]
+    test, train = ((last[f"{split}_accuracy"], None) for split in SPLITS)
+    cosines = last["alignment"].items()
+    alignment = {layer: (c["mean"], c["std"]) for layer, c in cosines if c["mean"] is not None}
+    return Row(run.name, test, train, alignment, run.name if alignment else "", seeds=1)
 
 
 def _curves(runs: Iterable[RunResult]) -> Curves:
@@ -182,13 +194,14 @@ def protocols(rows: Iterable[Row]) -> str:
 def write_tables(folder: Path, tables: Sequence[Table]) -> str:
     """Writes `table.md`, `table.tex` and `table.csv`, and returns the Markdown.
 
-    The CSV holds all rows of all tables, unrounded, with all layers that were measured.
+    The CSV holds all rows of all tables, unrounded, with all layers that were measured, and below
+    each row one of its own for each run that counts.
     """
     folder.mkdir(parents=True, exist_ok=True)
     markdown = "\n".join(table.markdown() for table in tables)
     write_text(folder / "table.md", markdown)
     write_text(folder / "table.tex", "\n".join(table.latex() for table in tables))
-    rows = [row for table in tables for row in table.rows]
+    rows = [line for table in tables for row in table.rows for line in (row, *row.runs)]
     layers = list(dict.fromkeys(layer for row in rows for layer in row.alignment))
     spreads = ["test_accuracy", "train_accuracy", *layers]
     columns = [f"{name}_{statistic}" for name in spreads for statistic in ("mean", "std")]

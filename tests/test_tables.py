@@ -29,13 +29,23 @@ def test_accuracies_are_means_and_sample_standard_deviations_over_seeds():
     assert Table("", [row], ["act1", "act2"]).cells()[0] == [
         "experiment", "test accuracy (%)", "train accuracy (%)", "cos act1", "seeds", "angles from"
     ]  # fmt: skip
-    assert row.alignment == {"act1": (0.5, 0.125)} and row.angles_from == "fc/seed-0"
+    assert row.alignment == {"act1": (0.625, 0.125)} and row.angles_from == "fc/seed-1"
     assert row.settings == {k: v for k, v in runs[0].settings.items() if k != "seed"}
     assert row.curves == {
         "test": {1: of(10, 11, 12), 2: row.test},
         "train": {1: of(20, 21, 22), 2: row.train},
         "act1": {1: of(0, 0.125, 0.25), 2: of(0.5, 0.625, 0.75)},
     }
+
+
+def test_the_alignment_is_that_of_the_first_run_with_the_highest_final_train_accuracy():
+    runs = [made_run("fc", seed, cosines={"act1": [0, seed / 8]}) for seed in range(4)]
+    # The first one was better before, and the last one is as good.
+    for run, trained in zip(runs, [(99, 50), (40, 60), (40, 70), (40, 70)]):
+        for metrics, accuracy in zip(run.epochs, trained):
+            metrics |= {"train_accuracy": float(accuracy), "test_accuracy": 100.0 - accuracy}
+    row = summarise("fc", runs)
+    assert row.alignment == {"act1": (0.25, 0.125)} and row.angles_from == "fc/seed-2"
 
 
 def test_an_epoch_that_some_runs_lack_is_the_mean_of_the_others():
@@ -109,6 +119,24 @@ def test_all_forms_have_the_same_numbers(tmp_path):
     assert float(second["act2_mean"]) == -0.5 and second["act1_mean"] == ""
     assert (second["experiment"], second["note"]) == ("c,d", "1 diverged")
     assert (second["lin1_mean"], second["lin1_std"]) == ("0.75", "")  # which no table shows
+
+
+def test_the_csv_holds_the_numbers_of_every_seed(tmp_path):
+    runs = [
+        made_run(
+            "fc", seed, (40.0 + seed,), cosines={"act1": [seed / 8]}, loss=None if seed == 1 else 1
+        )
+        for seed in range(3)
+    ]
+    write_tables(tmp_path, [Table("", [summarise("fc", runs), Row("fc, elsewhere")], ["act1"])])
+    lines = [*csv.DictReader(io.StringIO((tmp_path / "table.csv").read_text()))]
+    found = [(x["experiment"], x["test_accuracy_mean"], x["act1_mean"], x["seeds"]) for x in lines]
+    assert found == [
+        ("fc", "41.0", "0.25", "2"),
+        ("fc/seed-0", "40.0", "0.0", "1"),
+        ("fc/seed-2", "42.0", "0.25", "1"),
+        ("fc, elsewhere", "", "", "0"),
+    ]
 
 
 SETTINGS = {"dataset": "tiny", "epochs": 2, "batch_size": 8}
