@@ -16,7 +16,11 @@ from mltools.bottleneck import load_bottleneck_runs, write_bottleneck_report
 from mltools.errors import exit_code, show
 from mltools.results import user_path
 
-PUBLISHED = Path(__file__).resolve().parent / "reference" / "published_bottleneck.json"
+REFERENCE = Path(__file__).resolve().parent / "reference"
+REFERENCES = {
+    "published": REFERENCE / "published_bottleneck.json",
+    "2019 release": REFERENCE / "release.json",
+}
 
 
 def main() -> None:
@@ -38,7 +42,7 @@ def main() -> None:
     if output is None:
         parser.error("logs alone need --output, the folder to write to")
     runs = load_bottleneck_runs(*arguments.sources)
-    show(write_bottleneck_report(runs, output, PUBLISHED))
+    show(write_bottleneck_report(runs, output, REFERENCES))
 
 
 if __name__ == "__main__":

@@ -19,12 +19,10 @@ INITS = {"std": "standard init", "pai": "pre-alignment"}
 # Colour, marker, and the marker of published train accuracies, whose open marker is taken.
 STYLES = {"std": ("#1f5fa8", "o", "x"), "pai": ("#d1711a", "s", "+")}
 LAYERS = ["act1", "act2", "act3"]
-LAYER = "act2"  # the output of the bottleneck layer
-IN_FRONT = ["lin1", "act1"]  # whose cosines in logs of the 2019 release do not measure alignment
 SIZE = "bottleneck size b"
 
-Points = dict[tuple[str, int], list[Row]]
-"""Initialisation and size to the row of the experiment, and the published one if there is one."""
+Points = dict[tuple[str, int], dict[str, Row]]
+"""Initialisation and size to the experiment's row, under "", and reference rows by their source."""
 
 
 def load_bottleneck_runs(*sources: Path) -> dict[str, list[RunResult]]:
@@ -56,26 +54,27 @@ def load_bottleneck_runs(*sources: Path) -> dict[str, list[RunResult]]:
 
 
 def write_bottleneck_report(
-    runs: Mapping[str, Sequence[RunResult]], folder: Path, published: Path
+    runs: Mapping[str, Sequence[RunResult]], folder: Path, references: Mapping[str, Path]
 ) -> str:
     """Writes the tables, the figures and `report.html`, and returns the tables in Markdown.
 
     Args:
         runs: for each experiment, called `[width-]<init>-<size>`, its runs, one per seed.
         folder: where to write.
-        published: the JSON of the published numbers, see `tables.reference_row`.
+        references: source to the JSON of its numbers, see `tables.reference_row`; the figures show
+            those of "published".
 
     Raises UserError if no experiment has such a name, or as `tables.summarise` does.
     """
     tables, figures = [], []
     shown: dict[str, Sequence[RunResult]] = {}
     for prefix, title in KINDS.items():
-        points = _points(runs, prefix, published)
+        points = _points(runs, prefix, references)
         if points:
-            rows = [row for point in points.values() for row in point]
+            rows = [row for point in points.values() for row in point.values()]
             tables.append(Table(f"{title}: {protocols(rows)}", rows, LAYERS))
             figures += _figures(points, title, folder, prefix)
-            shown |= {row.name: runs[row.name] for row, *_ in points.values()}
+            shown |= {point[""].name: runs[point[""].name] for point in points.values()}
     if not tables:
         raise UserError("no run is of the bottleneck sweep: experiments are called std-118, ...")
     markdown = write_tables(folder, tables)
@@ -84,43 +83,42 @@ def write_bottleneck_report(
     return markdown
 
 
-def _points(runs: Mapping[str, Sequence[RunResult]], prefix: str, published: Path) -> Points:
+def _points(
+    runs: Mapping[str, Sequence[RunResult]], prefix: str, references: Mapping[str, Path]
+) -> Points:
     """Returns the experiments of a kind, by initialisation and size."""
-    points = {}
+    points: Points = {}
     for name, found in runs.items():
         if match := re.fullmatch(rf"{prefix}(std|pai)-([1-9]\d*)", name):
             row = summarise(name, found)
-            experiment = row.settings.get("experiment", {})
-            # A log of the 2019 release has only the experiment's name. So has our log if its line
-            # of settings is lost, but then the batch size is unknown.
-            if list(experiment) == ["name"] and row.settings["batch_size"]:
-                for layer in IN_FRONT:
-                    row.alignment.pop(layer, None)
-                    row.curves.pop(layer, None)
-            beside = reference_row(row, published, "published")
-            points[match[1], int(match[2])] = [row, *beside]
+            points[match[1], int(match[2])] = {"": row} | {
+                source: known
+                for source, path in references.items()
+                for known in reference_row(row, path, source)
+            }
     return {key: points[key] for init in INITS for key in sorted(points) if key[0] == init}
 
 
 def _figures(points: Points, title: str, folder: Path, prefix: str) -> list[Figure]:
     """Draws alignment and accuracy, against the size with published numbers, and against epochs."""
-    alignment, accuracy, groups = {}, {}, {}
+    alignment: dict[str, dict] = {layer: {} for layer in LAYERS}
+    accuracy, groups = {}, {}
     for init, label in INITS.items():
-        chosen = {b: rows for (i, b), rows in points.items() if i == init and rows[0].test}
+        chosen = {b: rows for (i, b), rows in points.items() if i == init and rows[""].test}
         if chosen:
-            groups[label] = {str(b): rows[0].curves for b, rows in chosen.items()}
-        for i, suffix in enumerate(("", ", published")):
-            rows = {b: found[i] for b, found in chosen.items() if found[i:]}
-            cosines = {b: row.alignment[LAYER] for b, row in rows.items() if LAYER in row.alignment}
-            alignment[label + suffix] = cosines, _style(init, "test", i == 1)
+            groups[label] = {str(b): rows[""].curves for b, rows in chosen.items()}
+        for source, suffix in (("", ""), ("published", ", published")):
+            rows = {b: found[source] for b, found in chosen.items() if source in found}
+            for layer, series in alignment.items():
+                cosines = {b: x.alignment[layer] for b, x in rows.items() if layer in x.alignment}
+                series[label + suffix] = cosines, _style(init, "test", bool(source))
             for split in SPLITS:
                 spreads = {b: getattr(row, split) for b, row in rows.items()}
-                accuracy[f"{label}, {split}{suffix}"] = spreads, _style(init, split, i == 1)
-    layers = [x for x in LAYERS if any(row.curves.get(x) for row, *_ in points.values())]
-    cosine = "cosine at the bottleneck layer"
+                accuracy[f"{label}, {split}{suffix}"] = spreads, _style(init, split, bool(source))
+    layers = [x for x in LAYERS if any(point[""].curves.get(x) for point in points.values())]
     figures = [
-        sweep_figure(alignment, title, SIZE, cosine, folder / f"{prefix}alignment"),
-        sweep_figure(accuracy, title, SIZE, ACCURACY, folder / f"{prefix}accuracy"),
+        sweep_figure(alignment, title, SIZE, COSINE, folder / f"{prefix}alignment"),
+        sweep_figure({title: accuracy}, title, SIZE, ACCURACY, folder / f"{prefix}accuracy"),
         epochs_figure(groups, layers, COSINE, title, folder / f"{prefix}alignment-epochs", SIZE),
         epochs_figure(groups, SPLITS, ACCURACY, title, folder / f"{prefix}accuracy-epochs", SIZE),
     ]

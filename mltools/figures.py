@@ -180,7 +180,7 @@ def final_figure(tables: Iterable[Table], stem: Path) -> Figure | None:
 
 @matplotlib.rc_context(STYLE)
 def sweep_figure(
-    series: Mapping[str, tuple[Curve, dict[str, Any]]],
+    panels: Mapping[str, Mapping[str, tuple[Curve, dict[str, Any]]]],
     title: str,
     xlabel: str,
     ylabel: str,
@@ -189,32 +189,49 @@ def sweep_figure(
     """Draws series against sizes on a log axis.
 
     Args:
-        series: label to points, and their style as keyword arguments of `Axes.errorbar`.
-        title, xlabel, ylabel: texts of the axes and the caption.
+        panels: title to the series of a panel: label to points, and their style as keyword
+            arguments of `Axes.errorbar`.
+        title: for the caption.
+        xlabel, ylabel: texts of the axes; the axis of COSINE goes from 0, or the lowest mean, to 1.
         stem: the path of the files, without suffix.
     """
-    series = {label: line for label, line in series.items() if line[0]}
-    if not series:
+    panels = {
+        panel: shown
+        for panel, series in panels.items()
+        if (shown := {label: line for label, line in series.items() if line[0]})
+    }
+    if not panels:
         _remove(stem)
         return None
-    figure = matplotlib.figure.Figure((COLUMN, 2.5), layout="constrained")
-    ax = figure.subplots()
-    handles = {}
+    width = COLUMN if len(panels) == 1 else PAGE
+    figure = matplotlib.figure.Figure((width, 2.5), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)
+    handles: dict[str, Any] = {}
+    lowest = 0.0
     common: dict[str, Any] = {"markeredgewidth": 0.8, "capsize": 2, "elinewidth": 0.7}
-    for label, (points, style) in series.items():
-        sizes, spreads = zip(*sorted(points.items()))
-        means, stds = _means_and_stds(spreads)
-        bars = stds if stds.any() else None
-        handles[label] = ax.errorbar(sizes, means, yerr=bars, **common, **style)
-    ax.set_xscale("log")
-    ax.xaxis.set_major_formatter("{x:g}")
-    ax.xaxis.set_minor_formatter(LogFormatter())  # plain numbers too, where there is room
-    ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    if ylabel.startswith("cosine"):  # an error bar may go beyond 1
-        low, high = ax.get_ylim()
-        ax.set_ylim(max(low, -1.05), min(high, 1.05))
+    for ax, (panel, series) in zip(axes.flat, panels.items()):
+        for label, (points, style) in series.items():
+            sizes, spreads = zip(*sorted(points.items()))
+            means, stds = _means_and_stds(spreads)
+            bars = stds if stds.any() else None
+            line = ax.errorbar(sizes, means, yerr=bars, **common, **style)
+            line.lines[0].set_clip_on(False)  # whole markers at the ends of the axis
+            handles.setdefault(label, line)
+            lowest = min(lowest, *means)
+        ax.set_xscale("log")
+        ax.xaxis.set_major_formatter("{x:g}")
+        # Plain numbers too, where there is room.
+        ax.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(len(panels) == 1, 0.4)))
+        ax.set(title=panel, xlabel=xlabel)
+    axes[0, 0].set_ylabel(ylabel)
+    if ylabel == COSINE:
+        axes[0, 0].set_ylim(lowest, 1)
     _add_legend(figure, handles)
-    alt = f"Line chart of {ylabel} against {xlabel}, on a log axis. Lines: {', '.join(handles)}."
+    titles = ", ".join(panels)
+    alt = (
+        f"Line chart of {ylabel} against {xlabel}, on a log axis. Panels: {titles}. "
+        f"Lines: {', '.join(handles)}."
+    )
     caption = f"{title}: {ylabel} against {xlabel}. Bars: one standard deviation, where known."
     return _save(figure, stem, alt, caption)
 

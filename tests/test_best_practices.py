@@ -141,4 +141,4 @@ def test_the_reference_numbers_are_whole():
             assert {len(run[key]) for key in ("train", "test", "mean", "std")} == {epochs}
             assert all(0 < accuracy < 100 for accuracy in run["train"] + run["test"])
             for row in run["mean"] + run["std"]:
-                assert len(row) == len(run["layers"]) and all(0 <= c <= 1 for c in row)
+                assert len(row) == len(run["layers"]) and all(-1 <= c <= 1 for c in row)

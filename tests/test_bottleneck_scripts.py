@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from made import made_run, own_log, record_figures, release_log, save_run
+from made import made_run, record_figures, release_log, save_run
 
 import bottleneck
 import bottleneck_from_log
@@ -23,8 +23,10 @@ DIGITS = ("--dataset", "Digits", "--device", "cpu", "--epochs", "1")
 
 
 def cells_of(folder):
+    """Returns the CSV's line of each row of the table, without those of single runs."""
     with open(folder / "table.csv", encoding="utf-8") as file:
-        return {line["experiment"]: line for line in csv.DictReader(file)}
+        lines = {line["experiment"]: line for line in csv.DictReader(file)}
+    return {name: line for name, line in lines.items() if "/" not in name}
 
 
 def experiments(**options):
@@ -109,25 +111,15 @@ def test_logs_give_the_same_report(start, swept, tmp_path, with_folder):
 @pytest.mark.parametrize("before", [
     b"", release_log(), release_log()[: release_log().index(b"EPOCH 3")] + b"\n"
 ], ids=["once", "twice", "after an interrupted run"])  # fmt: skip
-def test_a_log_of_the_release_counts_a_run_once_and_shows_no_cosine_in_front(
-    start, tmp_path, before
-):
+def test_a_log_of_the_release_counts_a_run_once(start, tmp_path, before):
     (tmp_path / "log.txt").write_bytes(before + release_log())
     arguments = (tmp_path / "log.txt", "--output", tmp_path)
     assert start(bottleneck_from_log.main, *arguments)[0] == 0
-    (line,) = cells_of(tmp_path).values()
+    line = cells_of(tmp_path)["std-118"]
     assert (line["seeds"], line["note"], line["test_accuracy_mean"]) == ("1", "", "24.5")
-    assert line["act2_mean"] == "0.4003" and not {"lin1_mean", "act1_mean"} & line.keys()
+    assert (line["act1_mean"], line["act2_mean"]) == ("0.4001", "0.4003")
     report = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "standard init, act2" in report and "act1" not in report.partition("<h2>Figures")[2]
-
-
-@pytest.mark.usefixtures("quick_figures")
-def test_our_log_without_its_settings_keeps_the_cosine_in_front(start, tmp_path):
-    (tmp_path / "log.txt").write_bytes(own_log("std-118").replace(b"settings {", b"settings \xff"))
-    arguments = (tmp_path / "log.txt", "--output", tmp_path)
-    assert start(bottleneck_from_log.main, *arguments)[0] == 0
-    assert {"lin1_mean", "act1_mean"} <= cells_of(tmp_path)["std-118"].keys()
+    assert "standard init, act1" in report and "protocol release" in report
 
 
 @pytest.mark.usefixtures("quick_figures")
@@ -162,7 +154,8 @@ PAPERS = {"dataset": "CIFAR-10", "epochs": 50, "batch_size": 128}
 
 def made(name, test, cosine, **settings):
     """Makes a run of 50 epochs as in the paper, of which only the last is known."""
-    run = made_run(name, test=[test], cosines={"act2": [cosine]}, **{**PAPERS, **settings})
+    cosines = {"act1": [cosine / 2], "act2": [cosine]}
+    run = made_run(name, test=[test], cosines=cosines, **{**PAPERS, **settings})
     run.epochs[0]["epoch"] = 50
     return run
 
@@ -170,8 +163,12 @@ def made(name, test, cosine, **settings):
 def report(folder, *runs):
     """Writes a report on one run of each experiment; returns its table."""
     by_name = {run.path.parent.name: [run] for run in runs}
-    write_bottleneck_report(by_name, folder, bottleneck_from_log.PUBLISHED)
+    write_bottleneck_report(by_name, folder, bottleneck.REFERENCES)
     return cells_of(folder)
+
+
+def test_both_scripts_have_the_same_reference_numbers():
+    assert bottleneck.REFERENCES == bottleneck_from_log.REFERENCES
 
 
 def test_figures_show_our_numbers_and_the_published_ones_beside_them(tmp_path, monkeypatch):
@@ -180,20 +177,25 @@ def test_figures_show_our_numbers_and_the_published_ones_beside_them(tmp_path, m
     runs += [made("pai-18", 38.0, 0.25), made("pai-118", 41.0, 1, dataset="CIFAR-100")]
     cells = report(tmp_path, *runs)
     assert list(cells) == [
-        "std-8", "std-18", "std-18, published", "std-118", "std-118, published",
+        "std-8", "std-18", "std-18, published",
+        "std-118", "std-118, published", "std-118, 2019 release",
         "pai-18", "pai-18, published", "pai-118",
     ]  # fmt: skip
     assert cells["std-8"]["note"] == "1 not finished"
     published = cells["std-118, published"]
-    assert float(cells["std-118"]["test_accuracy_mean"]) == 40 and "act1_mean" not in published
-    assert float(published["test_accuracy_mean"]) == 47.9
-    alignment, accuracy = (
+    assert float(cells["std-118"]["test_accuracy_mean"]) == 40
+    assert float(published["test_accuracy_mean"]) == 47.9 and published["act1_mean"] == "0.1375"
+    assert cells["std-118, 2019 release"]["act1_mean"] == "0.1392"
+    assert [ax.get_title() for ax in saved[0].axes] == ["act1", "act2", "act3"]
+    first, alignment, accuracy = (
         {
             text.get_text(): bars.lines[0].get_xydata().tolist()
-            for text, bars in zip(figure.legends[0].texts, figure.axes[0].containers)
+            for text, bars in zip(figure.legends[0].texts, ax.containers)
         }
-        for figure in saved[:2]
+        for figure, ax in zip([saved[0], *saved[:2]], [*saved[0].axes[:2], *saved[1].axes])
     )
+    assert first["standard init"] == [[18, 0.25], [118, 0.375]]
+    assert first["standard init, published"] == [[18, 0.0238], [118, 0.1375]]
     assert alignment == {
         "standard init": [[18, 0.5], [118, 0.75]],
         "standard init, published": [[18, 0.4655], [118, 0.7597]],

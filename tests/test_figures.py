@@ -124,23 +124,32 @@ def test_a_sweep_draws_means_with_their_bars_on_a_log_axis(drawn, stem):
         "theirs": ({118: (0.8, None)}, {"linestyle": "none"}),
         "nothing": ({}, {}),
     }
-    figures.sweep_figure(series, "title", "size", "cosine", stem)
-    figures.sweep_figure(series, "title", "size", ACCURACY, stem)
+    below = {"ours": ({1: (-0.25, None)}, {})}
+    for panels, ylabel in (
+        ({"act1": series}, COSINE),
+        ({"act1": series, "act2": below, "act3": {"nothing": ({}, {})}}, COSINE),
+        ({"act1": series}, ACCURACY),
+    ):
+        figures.sweep_figure(panels, "title", "size", ylabel, stem)
     (ax,) = drawn[0].axes
     ours, theirs = ax.containers
     assert ours.lines[0].get_xydata().tolist() == [[1, 0.1], [118, 0.7]]
     assert theirs.lines[0].get_xydata().tolist() == [[118, 0.8]]
     assert ours.lines[2][0].get_segments()[1][:, 1] == pytest.approx([0.2, 1.2])
     assert theirs.lines[0].get_linestyle() == "None" and ax.get_xscale() == "log"
-    assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_title()) == ("size", "cosine", "title")
-    # The axis of a cosine ends at 1, whatever the bars.
-    assert ax.get_ylim()[1] == 1.05 and drawn[1].axes[0].get_ylim()[1] > 1.2
+    assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_title()) == ("size", COSINE, "act1")
+    # The axis of a cosine is the published one, whatever the bars, and shows every mean.
+    assert ax.get_ylim() == (0, 1) and drawn[2].axes[0].get_ylim()[1] > 1.2
+    assert [(ax.get_title(), ax.get_ylim()) for ax in drawn[1].axes] == [
+        ("act1", (-0.25, 1)), ("act2", (-0.25, 1))
+    ]  # fmt: skip
+    assert legend(drawn[1]) == ["ours", "theirs"]
 
 
 @pytest.mark.parametrize("draw", [
     lambda stem: figures.epochs_figure({"": {"bp": accuracies(30)}}, ["act1"], COSINE, "", stem),
     lambda stem: figures.final_figure([Table("", [Row("fc-bp")], ["act1"])], stem),
-    lambda stem: figures.sweep_figure({"": ({}, {})}, "", "", "", stem),
+    lambda stem: figures.sweep_figure({"": {"": ({}, {})}}, "", "", "", stem),
 ])  # fmt: skip
 def test_without_a_point_no_figure_is_written_and_an_earlier_one_is_removed(draw, stem):
     for kind in ("png", "pdf"):
@@ -171,7 +180,7 @@ LONG = long_curves([f"fc-a-quite-long-name-{i}" for i in range(10)])
 SIZED = long_curves("1 3 5 8 11 18 28 46 73 118 191 308 496 800".split())
 ALIGNMENT = {layer: (0.2 * i, 0.1) for i, layer in enumerate(LAYERS, 1)}
 ROWS = [Row(name, alignment=ALIGNMENT, settings={"epochs": 1}) for name in LONG]
-POINTS = {1: (30.0, 1.0), 800: (50.0, 1.0)}
+POINTS = {18: (0.3, 0.1), 800: (0.5, 0.1)}
 SERIES = {
     f"{label}, {split}{suffix}": (POINTS, {"marker": "o"})
     for label in ("standard init", "pre-alignment")
@@ -182,8 +191,12 @@ SERIES = {
 
 def tick_labels(axis):
     low, high = sorted(axis.get_view_interval())
-    labels = zip(axis.get_majorticklocs(), axis.get_majorticklabels())
-    return [label.get_window_extent() for at, label in labels if low <= at <= high]
+    labels = [
+        *zip(axis.get_majorticklocs(), axis.get_majorticklabels()),
+        *zip(axis.get_minorticklocs(), axis.get_minorticklabels()),
+    ]
+    shown = (label for at, label in labels if low <= at <= high and label.get_text())
+    return [label.get_window_extent() for label in shown]
 
 
 @pytest.mark.parametrize("draw", [
@@ -193,7 +206,10 @@ def tick_labels(axis):
         {"standard init": SIZED, "pre-alignment": SIZED}, LAYERS[:3], COSINE, "t", stem, "size b"
     ),
     lambda stem: figures.final_figure([Table(f"{i}: t", ROWS, LAYERS) for i in (1, 2)], stem),
-    lambda stem: figures.sweep_figure(SERIES, "A bottleneck", "size b", ACCURACY, stem),
+    lambda stem: figures.sweep_figure({"Bottleneck": SERIES}, "t", "size b", ACCURACY, stem),
+    lambda stem: figures.sweep_figure(
+        dict.fromkeys(LAYERS[:3], SERIES), "t", "size b", COSINE, stem
+    ),
 ])  # fmt: skip
 def test_no_text_is_cut_off_too_small_or_over_another(draw, drawn, stem):
     made = draw(stem)
