@@ -1,4 +1,4 @@
-"""How well DFA's signals are aligned with the gradients of backpropagation (Section 2.2)."""
+"""How well DFA's signals are aligned with the gradients of backpropagation."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ def measure_alignment(
         cosines = measure_alignment(model, x_test[:128], y_test[:128], F.cross_entropy)
         print(cosines["act1"].mean(), cosines["act1"].std())
 
-    It is the cosine of the alignment angle of Section 2.2: 1 is BP's direction, 0 a right angle.
+    It is the cosine of the angle between them: 1 is BP's direction, 0 a right angle.
     Both are taken on one forward pass, in eval mode; no parameter's gradient is computed. The
     model's mode, its gradients and the random state are as before afterwards, but for a pass that
     draws the feedback matrix, if there is none yet. Modes are set back by `train(mode)`.

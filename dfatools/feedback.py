@@ -1,8 +1,8 @@
 """Direct Feedback Alignment in one backward pass.
 
 Backpropagation (BP) gives hidden activations h_i the gradient dL/dh_i. Direct Feedback Alignment
-(Nokland 2016; Launay, Poli, Krzakala 2019, Eq. 2) gives them e B_i instead, with the output error
-e = dL/dy and a fixed random matrix B_i.
+(Nokland 2016) gives them e B_i instead, with the output error e = dL/dy and a fixed random matrix
+B_i.
 
 A `DFALayer` behind a hidden block, a feedback point, detaches its activation: the next block sees
 the same values and sends nothing back. A `DFA` at the output joins the detached activations in one
@@ -78,7 +78,7 @@ class DFA(nn.Module):
                 return self.dfa(self.last(self.point(torch.tanh(self.first(x)))))
 
     It owns one random matrix, (output size, largest feedback size), with entries from N(0, 1),
-    shared by all points: the i-th gets the first d_i columns, its B_i in Eq. 2, (output size, d_i).
+    shared by all points: the i-th gets the first d_i columns, its B_i, (output size, d_i).
     The first pass that needs the matrix draws it, on the output's device, in float32 or wider. In a
     distributed run the first process sends its matrix to all: they make the first pass together.
 
@@ -88,9 +88,9 @@ class DFA(nn.Module):
 
     Args:
         network: the module that holds the `DFALayer`s. It may have had another `DFA` before.
-        normalization: scale B_i to a standard deviation of 1 / sqrt(d_i * output size) (Section 3),
-            so that the norm of e B_i is about that of e over sqrt(output size), whatever d_i is.
-            Without it, the standard deviation is 1, and the norm sqrt(d_i) times that of e.
+        normalization: scale B_i to a standard deviation of 1 / sqrt(d_i * output size), so that
+            the norm of e B_i is about that of e over sqrt(output size), whatever d_i is. Without
+            it, the standard deviation is 1, and the norm sqrt(d_i) times that of e.
         reduction: `"mean"` sends back e itself; `"sum"` sends back e times the number of samples
             in the batch (in a distributed run: over all processes), which under a mean loss is
             the summed error of the 2019 release. Each micro-batch counts by itself.

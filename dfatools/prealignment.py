@@ -16,12 +16,12 @@ def prealign(model: nn.Module, x: Any, y: Any, loss: Callable[[Any, Any], Tensor
     """Sets the weights of the Linear layers in place, from the last to the first but one.
 
     With DFA's signal S at a layer's input, (N, in), and the BP gradient G at its output, (N, out),
-    both on the given batch, W^T = S^T pinv(G^T), divided by its Frobenius norm (Section 4). Then
-    G W, what BP sends through the layer, is the least-squares approximation to the direction of S.
-    Each layer is set before the next is measured. S is what the feedback point right before the
-    layer gets, or where none stands there, what arrives there from behind. Tokens count as samples.
-    The first module with weights, layers other than Linear, layers that nothing is
-    learned in front of, and those where S or G is zero keep their weights; biases are kept.
+    both on the given batch, W^T = S^T pinv(G^T), divided by its Frobenius norm. Then G W, the
+    BP gradient at the layer's input, is the least-squares approximation to the direction of S. Each
+    layer is set before the next is measured. S is the signal of the feedback point right before the
+    layer, or where none stands there, the signal that arrives there from behind. Tokens count as
+    samples. The first module with weights, layers other than Linear, layers that nothing is learned
+    in front of, and those where S or G is zero keep their weights; biases are kept.
 
     Args:
         model, x, y, loss: as for `measure_alignment`.
