@@ -26,10 +26,6 @@ from mltools.training import Experiment, option
 
 SCRIPT = "bottleneck"
 REFERENCE = Path(__file__).resolve().parent / "reference"
-REFERENCES = {
-    "published": REFERENCE / "published_bottleneck.json",
-    "2019 release": REFERENCE / "release.json",
-}
 WIDTH = 800
 SIZES = (1, 3, 5, 8, 11, 18, 28, 46, 73, 118, 191, 308, 496, 800)
 
@@ -98,7 +94,7 @@ def main() -> None:
     if not options.tables_only:
         run_sweep(folder, chosen, options, load_dataset(options.dataset, options.data_dir))
     runs = load_runs(folder, chosen, options.seeds)
-    markdown = write_bottleneck_report(runs, folder, REFERENCES)
+    markdown = write_bottleneck_report(runs, folder, REFERENCE)
     if is_first():
         show(markdown)
 

@@ -17,10 +17,6 @@ from mltools.errors import exit_code, show
 from mltools.results import user_path
 
 REFERENCE = Path(__file__).resolve().parent / "reference"
-REFERENCES = {
-    "published": REFERENCE / "published_bottleneck.json",
-    "2019 release": REFERENCE / "release.json",
-}
 
 
 def main() -> None:
@@ -42,7 +38,7 @@ def main() -> None:
     if output is None:
         parser.error("logs alone need --output, the folder to write to")
     runs = load_bottleneck_runs(*arguments.sources)
-    show(write_bottleneck_report(runs, output, REFERENCES))
+    show(write_bottleneck_report(runs, output, REFERENCE))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ INITS = {"std": "standard init", "pai": "pre-alignment"}
 # Colour, marker, and the marker of published train accuracies, whose open marker is taken.
 STYLES = {"std": ("#1f5fa8", "o", "x"), "pai": ("#d1711a", "s", "+")}
 LAYERS = ["act1", "act2", "act3"]
+# Sources of reference numbers, and their files.
+REFERENCES = {"published": "published_bottleneck.json", "2019 release": "release.json"}
 SIZE = "bottleneck size b"
 
 Points = dict[tuple[str, int], dict[str, Row]]
@@ -54,22 +56,22 @@ def load_bottleneck_runs(*sources: Path) -> dict[str, list[RunResult]]:
 
 
 def write_bottleneck_report(
-    runs: Mapping[str, Sequence[RunResult]], folder: Path, references: Mapping[str, Path]
+    runs: Mapping[str, Sequence[RunResult]], folder: Path, reference: Path
 ) -> str:
     """Writes the tables, the figures and `report.html`, and returns the tables in Markdown.
 
     Args:
         runs: for each experiment, called `[width-]<init>-<size>`, its runs, one per seed.
         folder: where to write.
-        references: source to the JSON of its numbers, see `tables.reference_row`; the figures show
-            those of "published".
+        reference: the folder of the reference numbers, see REFERENCES and `tables.reference_row`;
+            the figures show the published ones.
 
     Raises UserError if no experiment has such a name, or as `tables.summarise` does.
     """
     tables, figures = [], []
     shown: dict[str, Sequence[RunResult]] = {}
     for prefix, title in KINDS.items():
-        points = _points(runs, prefix, references)
+        points = _points(runs, prefix, reference)
         if points:
             rows = [row for point in points.values() for row in point.values()]
             tables.append(Table(f"{title}: {protocols(rows)}", rows, LAYERS))
@@ -83,9 +85,7 @@ def write_bottleneck_report(
     return markdown
 
 
-def _points(
-    runs: Mapping[str, Sequence[RunResult]], prefix: str, references: Mapping[str, Path]
-) -> Points:
+def _points(runs: Mapping[str, Sequence[RunResult]], prefix: str, reference: Path) -> Points:
     """Returns the experiments of a kind, by initialisation and size."""
     points: Points = {}
     for name, found in runs.items():
@@ -93,8 +93,8 @@ def _points(
             row = summarise(name, found)
             points[match[1], int(match[2])] = {"": row} | {
                 source: known
-                for source, path in references.items()
-                for known in reference_row(row, path, source)
+                for source, file in REFERENCES.items()
+                for known in reference_row(row, reference / file, source)
             }
     return {key: points[key] for init in INITS for key in sorted(points) if key[0] == init}
 
