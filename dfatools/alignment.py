@@ -84,7 +84,8 @@ def probe(model: nn.Module, x: Any, y: Any, loss: Callable) -> tuple[int, dict[s
     (dfa,) = dfas
     seen = _Recorder()
     with torch.inference_mode(False), torch.enable_grad():
-        if dfa.feedback_matrix.numel() == 0:  # drawn in front of the fork of the random state
+        if dfa.needs_matrix and dfa.feedback_matrix.numel() == 0:
+            # It is drawn in front of the fork of the random state.
             with evaluation(model, dfa, "dfa"):
                 model(x)
         with evaluation(model, dfa, "bp"), _forked_random_state(model), seen.watch(model, dfa):
@@ -103,10 +104,13 @@ def probe(model: nn.Module, x: Any, y: Any, loss: Callable) -> tuple[int, dict[s
             if error is None:
                 raise RuntimeError("the loss does not depend on the output of the DFA")
             seen.shut = True
-            signals = dfa.signals(error, [point.shape for point in seen.points])
-            signals = [signal.to(point.device) for signal, point in zip(signals, seen.points)]
+            points = [hidden for _, hidden in seen.points]
+            activations = [dfa._activation(*each) for each in seen.points]
+            matrix = dfa._matrix_for(output, [activation.size for activation in activations])
+            signals = dfa._shaped_signals(dfa._rows(error), activations, matrix)
+            signals = [signal.to(hidden.device) for signal, hidden in zip(signals, points)]
             grads = torch.autograd.grad(
-                [output, *seen.points],
+                [output, *points],
                 [*ends, *sources],
                 [error, *signals],
                 allow_unused=True,
@@ -129,7 +133,7 @@ class _Recorder:
 
     def __init__(self) -> None:
         self.shut = False
-        self.points: list[Tensor] = []
+        self.points: list[tuple[int, Tensor]] = []  # index and activation of each call of a point
         self.gated: dict[Tensor, Tensor] = {}  # tensor behind a gate -> tensor in front of it
         self.calls: list[tuple[str, Tensor | None, Tensor]] = []  # module name, input, output
         self.outputs: list[Tensor] = []
@@ -137,7 +141,10 @@ class _Recorder:
     @contextmanager
     def watch(self, model: nn.Module, dfa: DFA) -> Iterator[None]:
         hooks = [dfa.register_forward_hook(self.at_output)]
-        hooks += [point.register_forward_hook(self.at_point) for point in dfa.layers]
+        hooks += [
+            point.register_forward_hook(partial(self.at_point, index))
+            for index, point in enumerate(dfa.layers)
+        ]
         hooks += [
             module.register_forward_hook(partial(self.at_leaf, name), with_kwargs=True)
             for name, module in model.named_modules()
@@ -152,25 +159,30 @@ class _Recorder:
     def at_output(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         self.outputs.append(output)
 
-    def at_point(self, module: nn.Module, args: tuple, hidden: Tensor) -> Tensor | None:
+    def at_point(self, index: int, module: nn.Module, args: tuple, hidden: Tensor) -> Tensor | None:
         if not hidden.requires_grad:
             return None
         hidden = hidden.clone()  # the activation at its point, whatever changes it in place later
         behind = hidden.clone()
         behind.register_hook(lambda gradient: torch.zeros_like(gradient) if self.shut else None)
-        self.points.append(hidden)
+        self.points.append((index, hidden))
         self.gated[behind] = hidden
         return behind
 
     def at_leaf(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any):
         if not isinstance(output, Tensor) or not output.requires_grad:
             return None
-        source = next(iter((*args, *kwargs.values())), None)
+        source: Any = next(iter((*args, *kwargs.values())), None)
+        # A feedback point may be a hook of the module. (One that works in place returns its input.)
+        end = output if output is source else self.gated.get(output, output)
         if isinstance(source, Tensor) and source.requires_grad:
-            self.calls.append((name, self.gated.get(source, source), output))
+            self.calls.append((name, self.gated.get(source, source), end))
         else:
-            self.calls.append((name, None, output))
-        return output.clone()  # as at the gates: an in-place module may come next
+            self.calls.append((name, None, end))
+        copied = output.clone()  # as at the gates: an in-place module may come next
+        if end is not output:
+            self.gated[copied] = end
+        return copied
 
 
 def _is_leaf(name: str, module: nn.Module) -> bool:

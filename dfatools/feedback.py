@@ -15,7 +15,7 @@ import math
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,15 @@ FEEDBACK_DTYPES = (None, torch.bfloat16, torch.float16, torch.float32, torch.flo
 BLOCK = 2**24  # entries of a narrow feedback matrix that are widened at a time
 
 
+class Activation(NamedTuple):
+    """A hidden activation, as a feedback rule sees it."""
+
+    point: int  # index of its feedback point in `DFA.layers`
+    shape: torch.Size  # (*batch, *features)
+    size: int  # d_i: number of features, without those that `shared_dims` share
+    value: Tensor | None  # None unless the rule needs values
+
+
 class DFALayer(nn.Module):
     """A feedback point: placed after a hidden block, identity in value.
 
@@ -38,16 +47,29 @@ class DFALayer(nn.Module):
     gathers the weights when a gradient gets to the module's output.
 
     Args:
+        shared_dims: dimensions of the activation, behind the batch's, whose positions all get the
+            same signal: `(1,)` for the tokens or time steps of (N, T, d), `(2, 3)` for the pixels
+            of (N, C, H, W). The other d_i features alone count for the matrix, (output size, d_i),
+            so any number of positions will do. Each of R positions gets e B_i / sqrt(R), as in
+            TinyDFA: the signal of the whole activation is as long as that of one position alone.
         recurrent: allows several calls in one pass before the `DFA`'s, as in a recurrence or with
             shared weights. All their activations get the feedback: the output must depend on each.
 
     Shapes: any `(*batch, *features)`, unchanged, with as many batch dimensions as its `DFA` says.
+
+    Raises ValueError if `shared_dims` is no tuple of different positive integers.
     """
 
     _dfa: "DFA | None"
 
-    def __init__(self, recurrent: bool = False) -> None:
+    def __init__(self, shared_dims: Sequence[int] = (), recurrent: bool = False) -> None:
         super().__init__()
+        shared = tuple(shared_dims) if isinstance(shared_dims, Sequence) else (0,)
+        if any(type(dim) is not int or dim < 1 for dim in shared) or len({*shared}) < len(shared):
+            raise ValueError(
+                f"shared_dims must be a tuple of different positive integers, not {shared_dims!r}"
+            )
+        self.shared_dims = shared
         self.recurrent = recurrent
         # In __dict__, so as not to be a submodule: the DFA stands elsewhere in the network.
         self.__dict__["_dfa"] = None
@@ -63,6 +85,22 @@ class DFALayer(nn.Module):
                 "holds it as a submodule"
             )
         return self._dfa._detach(self._index, hidden)
+
+    def extra_repr(self) -> str:
+        return ", ".join(
+            f"{name}={getattr(self, name)}"
+            for name in ("shared_dims", "recurrent")
+            if getattr(self, name)
+        )
+
+
+def feedback_points(network: nn.Module) -> list[DFALayer]:
+    """Returns the feedback points of a network: its submodules of that type."""
+    points: list[DFALayer] = []
+    for module in network.modules():
+        if isinstance(module, DFALayer):
+            points.append(module)
+    return points
 
 
 class DFA(nn.Module):
@@ -113,9 +151,15 @@ class DFA(nn.Module):
 
     Raises TypeError if `network` is no module, ValueError if it holds no `DFALayer` or an option is
     unknown.
+
+    Other feedback rules are subclasses with `signals` of their own; examples/feedback_rules.py has
+    six.
     """
 
+    layers: tuple[DFALayer, ...]
     feedback_matrix: Tensor
+    needs_matrix = True  # whether a rule needs the shared matrix
+    needs_values = False  # whether it needs the values of activations
 
     def __init__(
         self,
@@ -133,7 +177,7 @@ class DFA(nn.Module):
             raise TypeError(
                 f"DFA takes the network of its DFALayers, not a {type(network).__name__}"
             )
-        layers = tuple(module for module in network.modules() if isinstance(module, DFALayer))
+        layers = tuple(feedback_points(network))
         if not layers:
             raise ValueError(
                 "the network has no DFALayer as a submodule: make the DFA after them, and keep a "
@@ -158,9 +202,9 @@ class DFA(nn.Module):
         self._sizes: dict[int, int] = {}  # features at each point, in its last pass
         self._pass: Pass | None = None  # under way
         self.layers = layers  # a tuple, so that they are not registered a second time here
+        for old in {layer._dfa for layer in layers if layer._dfa is not None}:
+            old._retire()
         for index, layer in enumerate(layers):
-            if layer._dfa is not None:
-                layer._dfa._retire()
             layer.__dict__["_dfa"] = self
             layer._index = index
         self._network = weakref.ref(network)  # weak, or its weights would await garbage collection
@@ -172,8 +216,8 @@ class DFA(nn.Module):
     def _retire(self) -> None:
         """Gives up the points to another DFA."""
         self.layers = ()
-        for hook in self._hooks:
-            hook.remove()
+        for handle in self._hooks:
+            handle.remove()
 
     @property
     def training_method(self) -> str:
@@ -212,6 +256,8 @@ class DFA(nn.Module):
             self._pass = None
 
     def _enter(self, network: nn.Module, args: tuple) -> None:
+        if getattr(network, "_is_replica", False):
+            raise RuntimeError("nn.DataParallel splits a pass: use DistributedDataParallel")
         now = self._current()
         if self._feeds() and not (now and now.explicit):
             self._begin(explicit=False)
@@ -226,6 +272,11 @@ class DFA(nn.Module):
         elif not failed:
             raise RuntimeError("a network that calls itself does so in `with dfa.one_pass():`")
 
+    def _owner(self) -> nn.Module:
+        """Returns the network, or itself where that is gone."""
+        network = self._network()
+        return self if network is None else network
+
     def _feeds(self) -> bool:
         return self.training_method == "dfa" and torch.is_grad_enabled()
 
@@ -235,7 +286,7 @@ class DFA(nn.Module):
                 "a pass of this network is under way in another thread: give each thread a copy"
             )
         if not torch.compiler.is_compiling():
-            points = (m for m in (self._network() or self).modules() if isinstance(m, DFALayer))
+            points = feedback_points(self._owner())
             if any(point._dfa not in (None, self) for point in points):
                 raise RuntimeError(
                     "a feedback point of the network belongs to another DFA: make a new "
@@ -245,11 +296,8 @@ class DFA(nn.Module):
 
     def _end(self, failed: bool = False) -> None:
         now, self._pass = self._pass, None
-        if now and not failed and not now.counts and any(now.waiting):
-            raise RuntimeError(
-                "a pass ended before its DFA, and its feedback points get nothing: call parts of "
-                "the network in one `with dfa.one_pass():`, or under torch.no_grad()"
-            )
+        if now and not failed:
+            now.refuse_unfed()
 
     def _current(self) -> Pass | None:
         """The pass under way in this thread."""
@@ -266,7 +314,9 @@ class DFA(nn.Module):
             return hidden
         # In no pass where activation checkpointing computes again: e goes to its first graph.
         if self.training_method == "dfa" and now is not None:
-            now.waiting[index].append(_Activation.apply(hidden))
+            now.waiting[index].append(_Activation.apply(hidden, self.needs_values))
+            now.detached = hidden.detach()
+            return now.detached
         return hidden.detach()
 
     def forward(self, output: Tensor) -> Tensor:
@@ -274,13 +324,12 @@ class DFA(nn.Module):
 
         Raises:
             TypeError: `output` is no tensor.
-            ValueError: its size is not the matrix's, or its batch dimensions not the activations'.
+            ValueError: its size is not the matrix's, its batch dimensions are not those of the
+                activations, or an activation lacks a dimension of `shared_dims`.
             RuntimeError: there is no pass, or one that would leave something untrained: without a
                 call of a feedback point, with several of one that is not `recurrent`, with others
                 than before the `DFA`'s first call, or with reentrant checkpointing.
         """
-        if getattr(self, "_is_replica", False):
-            raise RuntimeError("nn.DataParallel splits a pass: use DistributedDataParallel")
         if not isinstance(output, Tensor):
             raise TypeError(f"DFA takes the output as one tensor, not a {type(output).__name__}")
         if torch.is_grad_enabled() and not self.layers:
@@ -294,6 +343,11 @@ class DFA(nn.Module):
                 "`with dfa.one_pass():`"
             )
         points, hidden = now.take([layer.recurrent for layer in self.layers])
+        if output is now.detached:
+            raise RuntimeError(
+                "the DFA stands right behind a feedback point, and the layer in front of both "
+                "would get no true gradient: leave that point out"
+            )
         for activation in hidden:
             if activation.shape[: self.batch_dims] != output.shape[: self.batch_dims]:
                 raise ValueError(
@@ -301,15 +355,18 @@ class DFA(nn.Module):
                     f"{self.batch_dims} dimension(s) with the output, {tuple(output.shape)}: "
                     "see batch_dims"
                 )
+        own = [] if type(self) is DFA else [*self.parameters()]  # a learned rule's
         if now.without_grad or not all(tensor.requires_grad for tensor in (output, *hidden)):
-            refuse_untrained(self._network() or self, output, *hidden)
-        sizes = [activation.shape[self.batch_dims :].numel() for activation in hidden]
-        matrix = self._matrix_for(output, max(sizes))
+            refuse_untrained(self._owner(), output, *hidden, *own)
+        sizes = [self._size(point, tensor.shape) for point, tensor in zip(points, hidden)]
+        matrix = self._matrix_for(output, sizes)
         self._sizes.update(zip(points, sizes))
-        return _Feedback.apply(self, matrix, output, *hidden)
+        return _Feedback.apply(self, matrix, points, sizes, output, *hidden, *own)
 
     def feedback(self, i: int) -> Tensor:
         """B_i as the i-th feedback point gets it, (output size, d_i), normalization included.
+
+        Where `shared_dims` share it between R positions, each gets it over sqrt(R).
 
         Raises RuntimeError if the point has not been fed yet, IndexError if there is none.
         """
@@ -320,35 +377,97 @@ class DFA(nn.Module):
         return self.feedback_matrix[:, :size] * self._scale(size, self.feedback_matrix)
 
     def signals(
-        self, error: Tensor, shapes: Sequence[torch.Size], matrix: Tensor | None = None
-    ) -> list[Tensor]:
-        """Computes e B_i for hidden activations, times the batch's size under `reduction="sum"`.
+        self, error: Tensor, activations: Sequence[Activation], matrix: Tensor | None
+    ) -> Sequence[Tensor]:
+        """Computes the signal of each activation, e B_i: the method that another rule overrides.
+
+            class SignOfError(DFA):
+                def signals(self, error, activations, matrix):
+                    return super().signals(error.sign(), activations, matrix)
+
+        It must have no effect but its result: `measure_alignment` calls it, too. A class with
+        matrices of its own registers them, and says `needs_matrix = False`. A class that uses the
+        activations' values says `needs_values = True`.
 
         Args:
-            error: e = dL/dy, `(*batch, *features)`, shaped as the output.
-            shapes: `(*batch, *features)` of each activation.
-            matrix: the feedback matrix of the forward pass; this DFA's if None.
+            error: e = dL/dy, (rows, output size), a row for each index of the batch dimensions; in
+                float32 or wider; under `reduction="sum"`, times the number of samples.
+            activations: point, shape, number of features and value of each activation.
+            matrix: the feedback matrix of the forward pass, (output size, largest d_i).
 
-        Returns: a signal for each activation, shaped as it, in the wider of e's and the matrix's
-        types, float32 at least, on e's device.
+        Returns: a signal for each activation, (rows, d_i), of any floating-point type, on e's
+        device. Positions of `shared_dims` share it.
         """
-        matrix = self.feedback_matrix if matrix is None else matrix
-        rows = error.reshape(-1, matrix.shape[0])
-        samples = rows.shape[0] * _processes() if self.reduction == "sum" else 1
-        sizes = [shape[self.batch_dims :].numel() for shape in shapes]
+        assert matrix is not None
+        sizes = [activation.size for activation in activations]
         # One product serves all points: they share its columns, up to their scale.
-        common = _product(rows, matrix[:, : max([0, *sizes])]).to(error.device)
-        by_size = {
-            size: common[:, :size] * (samples * self._scale(size, matrix)) for size in set(sizes)
-        }
-        return [by_size[size].reshape(shape) for size, shape in zip(sizes, shapes)]
+        common = _product(error, matrix[:, : max([0, *sizes])]).to(error.device)
+        by_size = {size: common[:, :size] * self._scale(size, matrix) for size in set(sizes)}
+        return [by_size[size] for size in sizes]
+
+    def rule_gradients(
+        self, error: Tensor, activations: Sequence[Activation]
+    ) -> Sequence[Tensor | None]:
+        """Computes the gradients of a learned rule's own parameters, for a rule that has some.
+
+        Args:
+            error, activations: as for `signals`.
+
+        Returns: a gradient for each of `self.parameters()`. Autograd adds them to `.grad`, so any
+        optimizer and any engine for several processes treats them as those of weights.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has parameters, but no rule_gradients")
+
+    def _size(self, point: int, shape: torch.Size) -> int:
+        """Returns the number of features of an activation: d_i."""
+        batch, shared = self.batch_dims, self.layers[point].shared_dims
+        if any(not batch <= dim < len(shape) for dim in shared):
+            raise ValueError(
+                f"shared_dims {shared} of feedback point {point} are no dimensions, behind the "
+                f"batch's {batch}, of its activation of shape {tuple(shape)}"
+            )
+        return math.prod([shape[dim] for dim in range(batch, len(shape)) if dim not in shared])
+
+    def _activation(self, point: int, hidden: Tensor) -> Activation:
+        value = hidden.detach() if self.needs_values else None
+        return Activation(point, hidden.shape, self._size(point, hidden.shape), value)
+
+    def _rows(self, error: Tensor) -> Tensor:
+        """Reshapes the error at the output, and scales it as `reduction` says, for `signals`."""
+        batch, features = error.shape[: self.batch_dims], error.shape[self.batch_dims :]
+        rows = error.reshape(batch.numel(), features.numel())
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        return rows * (len(rows) * _processes()) if self.reduction == "sum" else rows
+
+    def _shaped_signals(
+        self, rows: Tensor, activations: Sequence[Activation], matrix: Tensor | None
+    ) -> list[Tensor]:
+        """Returns the signals in the shapes of the activations."""
+        signals = self.signals(rows, activations, matrix)
+        for signal, (point, _, size, _) in zip(signals, activations, strict=True):
+            if signal.shape != (len(rows), size):
+                raise ValueError(
+                    f"{type(self).__name__}.signals returned a tensor of shape "
+                    f"{tuple(signal.shape)} for feedback point {point}, not {(len(rows), size)}"
+                )
+        return [self._spread(*each) for each in zip(signals, activations)]
+
+    def _spread(self, signal: Tensor, activation: Activation) -> Tensor:
+        shape, shared = activation.shape, self.layers[activation.point].shared_dims
+        if not shared:
+            return signal.reshape(shape)
+        positions = math.prod([shape[dim] for dim in shared])
+        kept = [1 if dim in shared else size for dim, size in enumerate(shape)]
+        return (signal / math.sqrt(positions)).reshape(kept).expand(shape)
 
     def _scale(self, size: int, matrix: Tensor) -> float:
         return 1 / math.sqrt(size * matrix.shape[0]) if self.normalization else 1.0
 
-    def _matrix_for(self, output: Tensor, columns: int) -> Tensor:
-        """The feedback matrix, drawn if there is none; refused if it does not fit the pass."""
-        features = output.shape[self.batch_dims :].numel()
+    def _matrix_for(self, output: Tensor, sizes: list[int]) -> Tensor | None:
+        """Returns the feedback matrix, drawn if there is none; refuses one that does not fit."""
+        if not self.needs_matrix:
+            return None
+        features, columns = output.shape[self.batch_dims :].numel(), max([0, *sizes])
         matrix = self.feedback_matrix
         if matrix.numel() == 0:
             matrix = self._draw(features, columns, output)
@@ -406,7 +525,7 @@ class DFA(nn.Module):
         matrix = self.feedback_matrix
         if matrix.is_meta:  # holds no values: the next pass draws them
             self.feedback_matrix = torch.empty(0, 0, device="cpu")
-        elif matrix.numel() == 0 and matrix.device.type == "cpu" and matrix.is_shared():
+        elif self.needs_matrix and not matrix.numel() and matrix.is_cpu and matrix.is_shared():
             raise RuntimeError(
                 "share_memory() before there is a feedback matrix, of which each process would "
                 "draw its own: call the network once before, or dfa_from_bp(..., example=x)"
@@ -415,10 +534,11 @@ class DFA(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         """Loads a matrix of any size if there is none yet; a BP `state_dict` needs none."""
-        loaded = state_dict.get(prefix + "feedback_matrix")
+        name = prefix + "feedback_matrix"
+        loaded = state_dict.get(name)
         if loaded is None or loaded.numel() == 0 or loaded.is_meta:
-            return
-        if self.feedback_matrix.numel() == 0:
+            state_dict = {**state_dict, name: self.feedback_matrix}
+        elif self.feedback_matrix.numel() == 0:
             self.feedback_matrix = torch.empty_like(
                 loaded, device=self.feedback_device, dtype=self.feedback_dtype
             )
@@ -446,35 +566,55 @@ class _Activation(torch.autograd.Function):
     """Identity: the activation as it was at its point, whatever changes it in place later."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor) -> Tensor:
+    def forward(ctx, hidden: Tensor, needs_value: bool) -> Tensor:
         ctx.leaf = hidden.is_leaf
-        return hidden.detach()
+        return hidden.clone() if needs_value else hidden.detach()
 
     @staticmethod
     def backward(ctx, signal: Tensor):
         # A leaf keeps the tensor itself as its `.grad`: two leaves must not share memory.
-        return signal.clone() if ctx.leaf else signal
+        return signal.clone() if ctx.leaf else signal, None
 
 
 class _Feedback(torch.autograd.Function):
-    """(output, h_1, ..., h_n) -> output; backward: e -> (e, e B_1, ..., e B_n)."""
+    """(output, h_1, ..., h_n) -> output; backward: e -> (e, e B_1, ..., e B_n).
+
+    Behind h_1 to h_n come the parameters of a learned rule, whose gradients it computes itself.
+    """
 
     @staticmethod
-    def forward(ctx, dfa: DFA, matrix: Tensor, output: Tensor, *hidden: Tensor) -> Tensor:
+    def forward(
+        ctx,
+        dfa: DFA,
+        matrix: Tensor | None,
+        points: list[int],
+        sizes: list[int],
+        output: Tensor,
+        *inputs: Tensor,
+    ) -> Tensor:
+        hidden = inputs[: len(points)]
         # Not saved for backward: DistributedDataParallel writes the same values into all buffers.
-        ctx.dfa, ctx.matrix, ctx.shapes = dfa, matrix, [h.shape for h in hidden]
+        ctx.dfa, ctx.matrix, ctx.parameters = dfa, matrix, len(inputs) - len(hidden)
+        shapes = [h.shape for h in hidden]
+        ctx.activations = [Activation(*each, None) for each in zip(points, shapes, sizes)]
         ctx.places = [(h.device, _memory_format(h)) for h in hidden]
+        ctx.save_for_backward(*(hidden if dfa.needs_values else ()))
         return output.detach()  # shares memory, but is no view: those cannot be changed in place
 
     @staticmethod
     def backward(ctx, error: Tensor):
-        signals = ctx.dfa.signals(error, ctx.shapes, ctx.matrix)
+        dfa, activations, rows = ctx.dfa, ctx.activations, ctx.dfa._rows(error)
+        if dfa.needs_values:
+            values = ctx.saved_tensors
+            activations = [each._replace(value=value) for each, value in zip(activations, values)]
+        signals = dfa._shaped_signals(rows, activations, ctx.matrix)
         # Laid out as the activations, or the blocks' own backward passes would be slow.
         placed = (
             signal.to(device).contiguous(memory_format=memory_format)
             for signal, (device, memory_format) in zip(signals, ctx.places)
         )
-        return None, None, error, *placed
+        own = dfa.rule_gradients(rows, activations) if ctx.parameters else ()
+        return None, None, None, None, error, *placed, *own
 
 
 def _product(rows: Tensor, matrix: Tensor) -> Tensor:
@@ -483,7 +623,8 @@ def _product(rows: Tensor, matrix: Tensor) -> Tensor:
     rows = rows.to(matrix.device, dtype)
     kind = matrix.device.type
     # A backward pass may be under autocast, which of all devices meta alone does not have.
-    with nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):
+    exact = kind == "meta" or not torch.is_autocast_enabled(kind)
+    with nullcontext() if exact else torch.autocast(kind, enabled=False):
         if matrix.dtype == dtype:
             return rows @ matrix
         blocks = matrix.split(max(1, BLOCK // matrix.shape[0]), 1)

@@ -17,6 +17,7 @@ class Pass:
     def __init__(self, points: int, explicit: bool) -> None:
         self.explicit = explicit
         self.waiting: list[list[Tensor]] = [[] for _ in range(points)]  # activations of each point
+        self.detached: Tensor | None = None  # what the last point returned
         self.without_grad = False  # a point was called under no_grad
         self.counts: list[int] | None = None  # calls of each point before the DFA's last call
         # A compiled pass has ended before another begins.
@@ -61,6 +62,17 @@ class Pass:
         points = [point for point, count in enumerate(self.counts) for _ in range(count)]
         return points, [activation for activations in waiting for activation in activations]
 
+    def refuse_unfed(self) -> None:
+        """Raises RuntimeError, at the end, for points that were called, but not before the DFA."""
+        counts = self.counts or [0] * len(self.waiting)
+        for point, (activations, count) in enumerate(zip(self.waiting, counts)):
+            if activations and not count:
+                raise RuntimeError(
+                    f"a pass ended, and feedback point {point} gets nothing, for the DFA was not "
+                    "called behind it: call parts of the network in one `with dfa.one_pass():`, or "
+                    "under torch.no_grad()"
+                )
+
 
 def refuse_untrained(network: nn.Module, *ends: Tensor) -> None:
     """Raises RuntimeError for a graph that lacks parameters of the network.
@@ -70,7 +82,8 @@ def refuse_untrained(network: nn.Module, *ends: Tensor) -> None:
 
     Args:
         network: the network.
-        ends: the output and the activations, from which the graph is followed back.
+        ends: the output, the activations and a rule's own parameters, from which the graph is
+            followed back.
     """
     if torch.compiler.is_compiling():
         return
@@ -80,7 +93,7 @@ def refuse_untrained(network: nn.Module, *ends: Tensor) -> None:
         if node is not None and node not in seen:
             seen.add(node)
             nodes += [before for before, _ in node.next_functions]
-    reached = {id(getattr(node, "variable", None)) for node in seen}
+    reached = {id(getattr(node, "variable", None)) for node in seen} | {id(end) for end in ends}
     for name, parameter in network.named_parameters():
         leaf = parameter.is_leaf and type(parameter.data) is Tensor  # FSDP's are in no graph
         if parameter.requires_grad and leaf and id(parameter) not in reached:

@@ -1,6 +1,7 @@
 """Small DFA networks, and DFA by its definition: plain autograd, without DFA's own code."""
 
 import copy
+import math
 from functools import partial
 
 import torch
@@ -108,14 +109,18 @@ class Definition:
         names: the modules whose inputs and outputs are recorded, in `calls`.
         matrix: the feedback matrix, if not the model's own.
         forward: `forward(model, x)` computes the output; a call of the model by default.
+        rule: `rule(error, point, size)` computes a signal, (rows, size), if it is not e B_i.
     """
 
-    def __init__(self, model, x, detach=True, names=(), matrix=None, forward=nn.Module.__call__):
+    def __init__(
+        self, model, x, detach=True, names=(), matrix=None, forward=nn.Module.__call__, rule=None
+    ):
         self.model = copy.deepcopy(model)
         (self.dfa,) = (module for module in self.model.modules() if isinstance(module, DFA))
         self.dfa.training_method = "bp"  # all of dfatools is the identity
         self.matrix = self.dfa.feedback_matrix if matrix is None else matrix
-        self.activations, self.detached = [], []  # at each call of a feedback point
+        self.rule = rule or self.random_projection
+        self.points, self.activations, self.detached = [], [], []  # at each call of a point
         self.calls = {name: [] for name in names}
         for name in names:
             module = self.model.get_submodule(name)
@@ -128,6 +133,7 @@ class Definition:
         self.calls[name].append(((*args, *kwargs.values())[0], output))
 
     def detach(self, point, args, hidden):
+        self.points.append(point)
         self.activations.append(hidden)
         self.detached.append(hidden.detach().requires_grad_(hidden.requires_grad))
         return self.detached[-1]
@@ -136,14 +142,35 @@ class Definition:
         """Computes e = dL/dy."""
         return torch.autograd.grad(loss(self.output, y), self.output, retain_graph=True)[0]
 
+    def random_projection(self, rows, point, size):
+        """Computes e B_i."""
+        scale = 1 / (size * len(self.matrix)) ** 0.5 if self.dfa.normalization else 1
+        return scale * rows @ self.matrix[:, :size]
+
     def feedback(self, error):
-        """Computes e B_i for each activation at a feedback point."""
-        rows, signals = error.reshape(-1, len(self.matrix)), []
-        for hidden in self.activations:
-            size = hidden.shape[self.dfa.batch_dims :].numel()
-            scale = 1 / (size * len(self.matrix)) ** 0.5 if self.dfa.normalization else 1
-            scale *= len(rows) if self.dfa.reduction == "sum" else 1
-            signals.append((scale * rows @ self.matrix[:, :size]).view_as(hidden))
+        """Computes the signal of each activation at a feedback point, e B_i unless by `rule`.
+
+        Positions of shared dimensions, R in number, are moved behind all features; each gets the
+        same over sqrt(R).
+        """
+        signals = []
+        for point, hidden in zip(self.points, self.activations):
+            shared = point.shared_dims
+            behind = tuple(range(-len(shared), 0))
+            moved = torch.empty_like(hidden).movedim(shared, behind)
+            features, positions = (
+                moved.shape[: hidden.dim() - len(shared)],
+                moved.shape[-len(shared) :],
+            )
+            count = math.prod(positions) if shared else 1
+            rows = error.reshape(features[: self.dfa.batch_dims].numel(), -1)
+            rows = rows * len(rows) if self.dfa.reduction == "sum" else rows
+            size = features[self.dfa.batch_dims :].numel()
+            signal = self.rule(rows, self.points.index(point), size).reshape(features)
+            for _ in shared:
+                signal = signal[..., None]
+            moved.copy_(signal / count**0.5)
+            signals.append(moved.movedim(behind, shared))
         return signals
 
     def propagate(self, error, to):
@@ -162,7 +189,7 @@ def expected_gradients(model, *batches, loss=mean_loss, **options):
         run = Definition(model, x, **options)
         error = run.error(y, loss) / len(batches)
         parts = run.propagate(error, [*run.model.parameters()])
-        total = [a + b for a, b in zip(total, parts, strict=True)]
+        total = [a if b is None else a + b for a, b in zip(total, parts, strict=True)]
     return total
 
 

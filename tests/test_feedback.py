@@ -136,9 +136,9 @@ def test_a_point_without_a_dfa():
 
 def test_a_replica_is_refused():
     # nn.DataParallel's own way to make replicas: its public one needs several GPUs.
-    replica = fc().dfa._replicate_for_data_parallel()
+    replica = fc()._replicate_for_data_parallel()
     with pytest.raises(RuntimeError, match="use DistributedDataParallel"):
-        replica(torch.randn(8, 4))
+        replica(torch.randn(8, 7))
 
 
 def test_anything_but_a_tensor_is_refused():

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.swa_utils import AveragedModel
 
 from dfatools import DFA, DFALayer, dfa_from_bp
+from dfatools.feedback import Activation
 
 X, Y = batch(dtype=torch.float32)
 TYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
@@ -251,7 +252,8 @@ def test_signals_are_computed_in_float32(dtype, size, columns, monkeypatch):
     dfa = DFA(DFALayer(), feedback_dtype=dtype)
     dfa.feedback_matrix = torch.randn(3, columns).to(dtype)
     for error in (size * torch.randn(5, 3), torch.randn(5, 3).to(dtype)):
-        (signal,) = dfa.signals(error, [torch.Size((5, columns))])
+        activation = Activation(0, torch.Size((5, columns)), columns, None)
+        (signal,) = dfa.signals(error, [activation], dfa.feedback_matrix)
         expected = error.double() @ dfa.feedback_matrix.double() / math.sqrt(3 * columns)
         assert signal.dtype == torch.float32
         assert (signal - expected).norm() < 1e-6 * expected.norm()
@@ -259,10 +261,12 @@ def test_signals_are_computed_in_float32(dtype, size, columns, monkeypatch):
 
 def test_signals_are_the_same_under_autocast():
     model = network()
-    error, shapes = model(X).detach(), [torch.Size((8, 6)), torch.Size((8, 9))]
-    expected = model.dfa.signals(error, shapes)
+    error = model(X).detach()
+    matrix = model.dfa.feedback_matrix
+    activations = [Activation(i, torch.Size((8, size)), size, None) for i, size in ((0, 6), (1, 9))]
+    expected = model.dfa.signals(error, activations, matrix)
     with torch.autocast("cpu", torch.bfloat16):
-        assert_same(model.dfa.signals(error, shapes), expected)
+        assert_same(model.dfa.signals(error, activations, matrix), expected)
 
 
 def test_the_type_is_shown():

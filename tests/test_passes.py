@@ -28,7 +28,7 @@ class Net(nn.Module):
     def __init__(self, run=encode_and_classify, recurrent=False):
         super().__init__()
         self.first, self.middle, self.last = nn.Linear(6, 9), nn.Linear(9, 8), nn.Linear(8, 3)
-        self.point, self.inner = DFALayer(recurrent), DFALayer(recurrent)
+        self.point, self.inner = DFALayer(recurrent=recurrent), DFALayer(recurrent=recurrent)
         self.dfa = DFA(self)
         self.run = run
 
@@ -141,7 +141,7 @@ def begin_another_pass(model, x):
 
 
 @pytest.mark.parametrize("run, recurrent, message", [
-    (Net.encode, False, "a pass ended before its DFA.*one_pass"),
+    (Net.encode, False, "a pass ended, and feedback point 0 gets nothing.*one_pass"),
     (encode_two_views, False, r"0 was called 2 times .* under torch.no_grad"),
     (encode_two_views, True, r"by its points \[0, 1\] times, its first \[2, 1\] times"),
     (classify_twice, False, r"by its points \[0, 1\] times, its first \[1, 1\] times"),
