@@ -1,8 +1,10 @@
 """Direct Feedback Alignment for PyTorch.
 
-feedback.py       DFALayer, DFA: one backward pass that trains every layer from the output error
+feedback.py       DFALayer, DFA: one backward pass that trains every layer from the output error;
+                  DFA.signals: the place for other feedback rules
 passes.py         Pass: the activations of one call of a network, and checks of the order of calls
-conversion.py     dfa_from_bp: an ordinary Sequential, made into a DFA network
+hooks.py          Hook: a feedback point or the DFA behind a module, its code untouched
+conversion.py     dfa_from_bp: an ordinary network, made into a DFA network
 alignment.py      measure_alignment: the angle between DFA's signals and true gradients
 prealignment.py   prealign: weights that start out aligned with the feedback
 bottleneck.py     BottleneckLinear: a layer that lets only part of its gradients through

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dfatools.hooks import Hook
 from dfatools.passes import Pass, refuse_untrained
 
 TRAINING_METHODS = ("dfa", "bp", "shallow")
@@ -71,6 +72,7 @@ class DFALayer(nn.Module):
             )
         self.shared_dims = shared
         self.recurrent = recurrent
+        self.name: str | None = None  # of the submodule that it stands behind, if it was named
         # In __dict__, so as not to be a submodule: the DFA stands elsewhere in the network.
         self.__dict__["_dfa"] = None
         self._index = 0
@@ -95,11 +97,14 @@ class DFALayer(nn.Module):
 
 
 def feedback_points(network: nn.Module) -> list[DFALayer]:
-    """Returns the feedback points of a network: its submodules of that type."""
+    """Returns the feedback points of a network: its submodules, and those that hooks call."""
     points: list[DFALayer] = []
     for module in network.modules():
         if isinstance(module, DFALayer):
             points.append(module)
+        for hook in module._forward_hooks.values():
+            if isinstance(hook, Hook) and isinstance(hook.place, DFALayer):
+                points.append(hook.place)
     return points
 
 
@@ -203,7 +208,7 @@ class DFA(nn.Module):
         self._pass: Pass | None = None  # under way
         self.layers = layers  # a tuple, so that they are not registered a second time here
         for old in {layer._dfa for layer in layers if layer._dfa is not None}:
-            old._retire()
+            old._retire(network, self)
         for index, layer in enumerate(layers):
             layer.__dict__["_dfa"] = self
             layer._index = index
@@ -213,11 +218,15 @@ class DFA(nn.Module):
             network.register_forward_hook(self._leave, always_call=True),
         )
 
-    def _retire(self) -> None:
-        """Gives up the points to another DFA."""
+    def _retire(self, network: nn.Module, other: "DFA") -> None:
+        """Gives up the points, and a hook at the output, to another DFA."""
         self.layers = ()
         for handle in self._hooks:
             handle.remove()
+        for module in network.modules():
+            for hook in module._forward_hooks.values():
+                if isinstance(hook, Hook) and hook.place is self:
+                    hook.place = other
 
     @property
     def training_method(self) -> str:
@@ -358,10 +367,22 @@ class DFA(nn.Module):
         own = [] if type(self) is DFA else [*self.parameters()]  # a learned rule's
         if now.without_grad or not all(tensor.requires_grad for tensor in (output, *hidden)):
             refuse_untrained(self._owner(), output, *hidden, *own)
+        if len(self._sizes) < len(self.layers) and not torch.compiler.is_compiling():
+            self._refuse_uncalled(points)
         sizes = [self._size(point, tensor.shape) for point, tensor in zip(points, hidden)]
         matrix = self._matrix_for(output, sizes)
         self._sizes.update(zip(points, sizes))
         return _Feedback.apply(self, matrix, points, sizes, output, *hidden, *own)
+
+    def _refuse_uncalled(self, points: list[int]) -> None:
+        """Raises RuntimeError for a point behind a named submodule that was never called."""
+        for i, layer in enumerate(self.layers):
+            if layer.name is not None and i not in self._sizes and i not in points:
+                raise RuntimeError(
+                    f"{layer.name}, behind which a feedback point stands, was not called before "
+                    "the DFA (another module may read its weights): name one that is, or if it is "
+                    "called in some passes only, give dfa_from_bp an example that calls it"
+                )
 
     def feedback(self, i: int) -> Tensor:
         """B_i as the i-th feedback point gets it, (output size, d_i), normalization included.

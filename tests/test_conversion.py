@@ -117,12 +117,12 @@ def test_a_network_that_ends_in_probabilities_is_refused(last, behind, is_nested
 
 
 @pytest.mark.parametrize("model, error, message", [
-    (linear(), TypeError, "takes an nn.Sequential, not Linear"),
-    (Residual(linear(), linear()), TypeError, "not Residual"),
+    (linear(), TypeError, "needs points for Linear, which is no plain nn.Sequential"),
+    (Residual(linear(), linear()), TypeError, "needs points for Residual"),
     (nn.Sequential(nn.Flatten(), linear()), ValueError, "fewer than two modules with weights"),
     (nn.Sequential(*(2 * [linear(), nn.Softmax(1)])), ValueError, "ends in Softmax"),
     (dfa_from_bp(FC), ValueError, "has feedback points already"),
-    (nn.Sequential(OrderedDict(dfa=linear(), last=linear())), ValueError, "called dfa"),
+    (nn.Sequential(OrderedDict(dfa=linear(), last=linear())), ValueError, "attribute dfa"),
     (nn.Sequential(OrderedDict(feedback_last=linear(), last=linear())), ValueError,
      "called feedback_last"),
 ])  # fmt: skip

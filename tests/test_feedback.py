@@ -9,7 +9,7 @@ from formulas import assert_close, assert_same, batch, expected_gradients, fc, g
 from torch import nn
 from torch.nn import functional as F
 
-from dfatools import DFA, DFALayer
+from dfatools import DFA, DFALayer, dfa_from_bp
 
 
 def test_training_methods_take_turns_on_the_same_weights():
@@ -136,9 +136,9 @@ def test_a_point_without_a_dfa():
 
 def test_a_replica_is_refused():
     # nn.DataParallel's own way to make replicas: its public one needs several GPUs.
-    replica = fc()._replicate_for_data_parallel()
-    with pytest.raises(RuntimeError, match="use DistributedDataParallel"):
-        replica(torch.randn(8, 7))
+    for model in (fc(), dfa_from_bp(nn.ModuleDict({"a": nn.Tanh()}), ["a"])):
+        with pytest.raises(RuntimeError, match="use DistributedDataParallel"):
+            model._replicate_for_data_parallel()(torch.randn(8, 7))
 
 
 def test_anything_but_a_tensor_is_refused():
