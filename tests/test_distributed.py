@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import sys
 import warnings
 from contextlib import nullcontext
 from datetime import timedelta
@@ -15,7 +16,16 @@ import torch.distributed.checkpoint as dcp
 # DistributedDataParallel imports this too, but later: its default arguments would take hold of the
 # process group. Its threads would outlive its destruction and can abort the interpreter at its end.
 import torch.distributed.nn.functional
-from formulas import Residual, batch, expected_gradients, expected_signals, fc, with_dfa
+from formulas import (
+    Definition,
+    Residual,
+    assert_close,
+    batch,
+    expected_gradients,
+    expected_signals,
+    fc,
+    with_dfa,
+)
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -28,7 +38,10 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from dfatools import DFALayer, measure_alignment
+from dfatools import DFALayer, dfa_from_bp, measure_alignment
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+from feedback_rules import LearnedMatrices
 
 WIDTH = 12
 FULL = StateDictOptions(full_state_dict=True)
@@ -56,6 +69,32 @@ def net(recompute=None, seed=0, **options):
 
 def sequential():
     return fc((WIDTH, 9, 7, 4))
+
+
+class Tower(nn.Module):
+    """Residual blocks, without a thought of DFA."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh())
+        self.blocks = nn.Sequential(
+            *(Residual(nn.Linear(WIDTH, 9), nn.Tanh(), nn.Linear(9, WIDTH)) for _ in range(3))
+        )
+        self.head = nn.Linear(WIDTH, 4)
+
+    def forward(self, x):
+        return self.head(self.blocks(self.first(x)))
+
+
+def hooked():
+    torch.manual_seed(0)
+    return dfa_from_bp(Tower(), ["first", "blocks.0", "blocks.1", "blocks.2"]).double()
+
+
+def learned():
+    model = sequential()
+    model.dfa = LearnedMatrices(model, 4, (9, 7))
+    return model.double()
 
 
 def shard(model, **options):
@@ -91,7 +130,7 @@ def gradients(parallel, model, x, y, steps=1):
             (F.cross_entropy(parallel(inputs).double(), targets) / steps).backward()
     grads = [p.grad for p in parallel.parameters()]
     whole = [g.full_tensor() if isinstance(g, DTensor) else g.clone() for g in grads]
-    return whole, model[-1].feedback_matrix
+    return whole, model.dfa.feedback_matrix
 
 
 def train(rank, engine, reduction, recompute, steps):
@@ -115,6 +154,19 @@ def train_sequential(rank):
     fully_shard([model.feedback_2, model[3], model[4]])
     fully_shard([model.feedback_4, model[6]])
     return gradients(fully_shard(model), model, *share(rank))
+
+
+def train_other(rank, engine, build):
+    """Trains a network by hooks, or by a learned rule; of blocks with a point, parts are shards."""
+    model = build()
+    if engine == "fsdp2":
+        for block in model.blocks if build is hooked else ():
+            fully_shard(block[0])
+            fully_shard(block[2])
+        parallel = fully_shard(model)
+    else:
+        parallel = DistributedDataParallel(model)
+    return gradients(parallel, model, *share(rank))
 
 
 def train_from_meta(rank):
@@ -172,6 +224,7 @@ def count_whole_blocks(rank):
 
 
 CASES = list(itertools.product(ENGINES, ("mean", "sum"), (None, "inside", "outside"), (1, 2)))
+OTHERS = {"hooked": hooked, "learned": learned}
 LOADS = list(itertools.product(ENGINES, (False, True)))
 
 
@@ -183,6 +236,7 @@ def work(rank, folder):
         store, wait = f"file://{folder}/{engine}", timedelta(seconds=60)
         dist.init_process_group("gloo", store, rank=rank, world_size=2, timeout=wait)
         found |= {case: train(rank, *case) for case in CASES if case[0] == engine}
+        found |= {(engine, build): train_other(rank, engine, OTHERS[build]) for build in OTHERS}
         if engine == "fsdp2":
             found |= {dtype: train_in_bfloat16(rank, dtype) for dtype in (None, BF16)}
             found["sequential"] = train_sequential(rank)
@@ -217,7 +271,7 @@ def whole_matrix(found, job):
 
 def assert_gradients(found, job, model, steps=1, tolerance=1e-12):
     """Compares relative to the norm of each gradient."""
-    model[-1].feedback_matrix = whole_matrix(found, job).double()
+    model.dfa.feedback_matrix = whole_matrix(found, job).double()
     batches = zip(*(tensor.chunk(steps) for tensor in data()))
     expected = expected_gradients(model, *batches)
     for result in found:
@@ -234,6 +288,24 @@ def test_training(found, case):
 @pytest.mark.parametrize("job, build", [("sequential", sequential), ("meta", net)])
 def test_a_converted_sequential_and_a_model_from_the_meta_device(found, job, build):
     assert_gradients(found, job, build())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_network_with_hooks(found, engine):
+    assert_gradients(found, (engine, "hooked"), hooked())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_learned_matrices(found, engine):
+    """Both their gradients, e^T h_i, and those of the weights."""
+    model = learned()
+    x, y = data()
+    run = Definition(model, x, rule=lambda e, point, size: e @ model.dfa.matrices[point].detach())
+    error = run.error(y, F.cross_entropy)
+    weights = run.propagate(error, [*run.model.parameters()][:6])
+    matrices = [error.T @ hidden for hidden in run.activations]
+    for result in found:
+        assert_close(result[engine, "learned"][0], [*weights, *matrices])
 
 
 @pytest.mark.parametrize("feedback_dtype", [None, BF16])

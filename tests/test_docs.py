@@ -5,6 +5,7 @@ import re
 import runpy
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from matplotlib import image
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-WITH_CODE = ["README.md", "own-network.md", "scaling.md"]
+WITH_CODE = ["README.md", "from-tinydfa.md", "own-network.md", "scaling.md"]
 
 
 def program(page: Path) -> str:
@@ -45,7 +46,7 @@ def test_the_code_of_a_page_runs_as_written(page, tmp_path):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_files_that_a_page_links_to_are_there(page):
-    links = re.findall(r"\]\(([^)#]+)", page.read_text())
+    links = re.findall(r"\]\(([^)#]+)", re.sub("`[^`]+`", "", page.read_text()))
     files = [link for link in links if "://" not in link]
     assert [link for link in files if not (page.parent / link).exists()] == []
 
@@ -63,6 +64,42 @@ def test_the_example_draws_its_figure(one_thread, monkeypatch, capsys, tmp_path)
     # The last block aligns first, from behind; the first layers have not begun to.
     assert cosines[6] > 0.4
     assert cosines[6] > cosines[5] > cosines[4] > max(cosines[:3])
+
+
+def needs(package):
+    return pytest.mark.skipif(find_spec(package) is None, reason=f"{package} is not installed")
+
+
+def run_example(monkeypatch, capsys, command):
+    """Returns the lines that an example prints."""
+    name, *options = command.split()
+    monkeypatch.setattr(sys, "argv", [name, *options])
+    runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+    return capsys.readouterr().out.splitlines()
+
+
+def test_the_example_of_feedback_rules(monkeypatch, capsys):
+    lines = run_example(monkeypatch, capsys, "feedback_rules.py --epochs 2")
+    accuracy = {line.split(":")[0].strip(): float(line.split()[-6]) for line in lines}
+    assert len(accuracy) == 7 and accuracy.pop("sign of the error") > 20
+    assert min(accuracy.values()) > 75
+
+
+@needs("torchvision")
+def test_torchvisions_resnet18(one_thread, monkeypatch, capsys):
+    first, second = run_example(monkeypatch, capsys, "resnet18.py --epochs 1 --methods dfa")
+    assert re.fullmatch(r"dfa: test accuracy [\d.]+ %", first)
+    cosines = {part.split()[0]: float(part.split()[1]) for part in second[12:].split(", ")}
+    assert len(cosines) == 9 and cosines["avgpool"] > 0.1
+
+
+@needs("transformers")
+def test_gpt2_of_transformers(one_thread, monkeypatch, capsys):
+    lines = run_example(monkeypatch, capsys, "gpt2.py --steps 20")
+    losses = {line.split(":")[0]: float(line.split()[1]) for line in lines if "nats" in line}
+    assert [*losses] == ["dfa", "shallow", "bp"]
+    assert losses["bp"] < max(losses.values()) < 5.5  # log 256 is 5.55
+    assert len(lines[1].split(", ")) == 4
 
 
 LARGE = ROOT / "examples" / "large_network.py"
