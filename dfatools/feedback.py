@@ -15,7 +15,7 @@ import math
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -37,6 +37,23 @@ class Activation(NamedTuple):
     shape: torch.Size  # (*batch, *features)
     size: int  # d_i: number of features, without those that `shared_dims` share
     value: Tensor | None  # None unless the rule needs values
+
+
+class _OnlyInTinyDFA:
+    """Attribute that TinyDFA has, and that would change nothing here: setting it is an error."""
+
+    def __init__(self, remedy: str) -> None:
+        self.remedy = remedy
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: object, owner: type) -> NoReturn:
+        raise AttributeError(self.name)
+
+    def __set__(self, instance: object, value: object) -> NoReturn:
+        kind = type(instance).__name__
+        raise AttributeError(f"{kind} has no attribute {self.name}: {self.remedy}")
 
 
 class DFALayer(nn.Module):
@@ -62,6 +79,8 @@ class DFALayer(nn.Module):
     """
 
     _dfa: "DFA | None"
+    batch_dims = _OnlyInTinyDFA("give batch_dims to the DFA, and shared_dims to the point")
+    passthrough = _OnlyInTinyDFA('set training_method = "bp" of the DFA')
 
     def __init__(self, shared_dims: Sequence[int] = (), recurrent: bool = False) -> None:
         super().__init__()
@@ -165,6 +184,8 @@ class DFA(nn.Module):
     feedback_matrix: Tensor
     needs_matrix = True  # whether a rule needs the shared matrix
     needs_values = False  # whether it needs the values of activations
+    no_training = _OnlyInTinyDFA('set training_method = "shallow"')
+    rp_device = _OnlyInTinyDFA("give feedback_device to DFA(...)")
 
     def __init__(
         self,
