@@ -1,4 +1,4 @@
-"""What the benchmarks count: the multiply-adds that a training step cannot avoid."""
+"""The benchmarks: the operations that they count, and the networks that they convert to DFA."""
 
 import sys
 from pathlib import Path
@@ -6,10 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from dfatools import DFA
 from mltools.networks import Network
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from harness import products
+from networks import NETWORKS
+from step import count_flops, training_step
 
 N = 6
 CONVOLUTIONS = [25 * 2 * 32 * 15 * 16, 25 * 32 * 64 * 7 * 7, 25 * 64 * 64 * 3 * 3]
@@ -29,3 +32,38 @@ def test_the_products_of_the_papers_cnn(protocol, method, other, count_of_works)
     assert count == N * (2 * FORWARD + other) and len(works) == count_of_works
     for work in works:
         work()
+
+
+@pytest.mark.parametrize("name", ["fc", "cnn"])
+def test_both_counts_of_a_step_agree(name):
+    network = NETWORKS[name]
+    bp, (x, y) = network.build(), network.batch()
+    for model in (bp, network.to_dfa(bp)):
+        assert count_flops(training_step(model, x, y, network.loss)) == 2 * products(model, x)[0]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_as_a_dfa_network(name):
+    network = NETWORKS[name]
+    torch.manual_seed(0)
+    bp, (x, y) = network.build(), network.batch()
+    dfa = network.to_dfa(bp)
+    network.loss(bp(x), y).backward()
+    (the_dfa,) = (module for module in dfa.modules() if isinstance(module, DFA))
+
+    the_dfa.training_method = "bp"
+    network.loss(dfa(x), y).backward()
+    gradients = {key: parameter.grad for key, parameter in bp.named_parameters()}
+    torch.testing.assert_close(
+        {key: parameter.grad for key, parameter in dfa.named_parameters()}, gradients
+    )
+
+    the_dfa.training_method = "dfa"
+    dfa.zero_grad()
+    network.loss(dfa(x), y).backward()
+    missing = [
+        key
+        for key, parameter in dfa.named_parameters()
+        if parameter.grad is None or not parameter.grad.isfinite().all()
+    ]
+    assert not missing
