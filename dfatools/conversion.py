@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dfatools.feedback import DFA, DFALayer, evaluation, feedback_points
-from dfatools.hooks import Hook
+from dfatools.hooks import Hook, hooks_of
 
 NORMS = (
     nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.InstanceNorm1d,
@@ -39,7 +39,7 @@ def dfa_from_bp(
     submodule returns a tuple, a mapping or a dataclass, the point takes the first floating-point
     tensor in it, and the others are not detached. The `DFA` is a submodule called `dfa`; it takes
     the model's output, or the first such tensor in it. The first pass has to call all these
-    submodules.
+    submodules, and is refused otherwise, if it is not compiled.
 
     An `nn.Sequential` needs no `points`. A point then stands in front of every module with weights
     but the first, in nested Sequentials too. Weights are parameters other than those of
@@ -62,10 +62,10 @@ def dfa_from_bp(
         TypeError: `points` is no list of names, or missing for a model that is no Sequential; or
             the model is a Sequential with a forward of its own, or with `output`.
         ValueError: there is no submodule of a name (the message lists the submodules of its
-            parent); the model has feedback points already, or an attribute with the name of a
-            module to be added; it ends in probabilities, whose error is not that at the logits;
-            without `points`, it has fewer than two modules with weights; or `rule` refuses an
-            option.
+            parent), or a submodule is named twice; the model has feedback points already, or an
+            attribute with the name of a module to be added; it ends in probabilities, whose error
+            is not that at the logits; without `points`, it has fewer than two modules with
+            weights; or `rule` refuses an option.
     """
     plain = _is_plain(model)
     if points is None and not plain:
@@ -109,9 +109,11 @@ def _hook_points(model: nn.Module, points: Iterable[str] | Mapping[str, DFALayer
         if not isinstance(options, DFALayer):
             kind = type(options).__name__
             raise TypeError(f"points[{name!r}] must be a DFALayer with options, not a {kind}")
-        point = DFALayer(options.shared_dims, options.recurrent)
+        module, point = _submodule(model, name), DFALayer(options.shared_dims, options.recurrent)
+        if hooks_of(module):
+            raise ValueError(f"{name} is another name of a module that has its point already")
         point.name = name
-        _submodule(model, name).register_forward_hook(Hook(point))
+        module.register_forward_hook(Hook(point))
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module:

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dfatools.hooks import Hook
+from dfatools.hooks import hooks_of
 from dfatools.passes import Pass, refuse_untrained
 
 TRAINING_METHODS = ("dfa", "bp", "shallow")
@@ -119,11 +119,8 @@ def feedback_points(network: nn.Module) -> list[DFALayer]:
     """Returns the feedback points of a network: its submodules, and those that hooks call."""
     points: list[DFALayer] = []
     for module in network.modules():
-        if isinstance(module, DFALayer):
-            points.append(module)
-        for hook in module._forward_hooks.values():
-            if isinstance(hook, Hook) and isinstance(hook.place, DFALayer):
-                points.append(hook.place)
+        places = [module, *(hook.place for hook in hooks_of(module))]
+        points += [place for place in places if isinstance(place, DFALayer)]
     return points
 
 
@@ -245,8 +242,8 @@ class DFA(nn.Module):
         for handle in self._hooks:
             handle.remove()
         for module in network.modules():
-            for hook in module._forward_hooks.values():
-                if isinstance(hook, Hook) and hook.place is self:
+            for hook in hooks_of(module):
+                if hook.place is self:
                     hook.place = other
 
     @property
@@ -345,8 +342,8 @@ class DFA(nn.Module):
         # In no pass where activation checkpointing computes again: e goes to its first graph.
         if self.training_method == "dfa" and now is not None:
             now.waiting[index].append(_Activation.apply(hidden, self.needs_values))
-            now.detached = hidden.detach()
-            return now.detached
+            now.detached.append(hidden.detach())
+            return now.detached[-1]
         return hidden.detach()
 
     def forward(self, output: Tensor) -> Tensor:
@@ -373,11 +370,7 @@ class DFA(nn.Module):
                 "`with dfa.one_pass():`"
             )
         points, hidden = now.take([layer.recurrent for layer in self.layers])
-        if output is now.detached:
-            raise RuntimeError(
-                "the DFA stands right behind a feedback point, and the layer in front of both "
-                "would get no true gradient: leave that point out"
-            )
+        self._refuse_point_at_output(output, now)
         for activation in hidden:
             if activation.shape[: self.batch_dims] != output.shape[: self.batch_dims]:
                 raise ValueError(
@@ -395,6 +388,18 @@ class DFA(nn.Module):
         self._sizes.update(zip(points, sizes))
         return _Feedback.apply(self, matrix, points, sizes, output, *hidden, *own)
 
+    def _refuse_point_at_output(self, output: Tensor, now: Pass) -> None:
+        """Raises RuntimeError where the output layer would get e B in the place of e."""
+        is_detached = any(output is detached for detached in now.detached)
+        if not is_detached and not output.requires_grad:  # no weights behind the last point
+            named = any(layer.name is not None for layer in self.layers)
+            is_detached = named and all(p.requires_grad for p in self._owner().parameters())
+        if is_detached:
+            raise RuntimeError(
+                "a feedback point stands behind the output layer, which would get no true "
+                "gradient: leave that point out"
+            )
+
     def _refuse_uncalled(self, points: list[int]) -> None:
         """Raises RuntimeError for a point behind a named submodule that was never called."""
         for i, layer in enumerate(self.layers):
@@ -402,7 +407,8 @@ class DFA(nn.Module):
                 raise RuntimeError(
                     f"{layer.name}, behind which a feedback point stands, was not called before "
                     "the DFA (another module may read its weights): name one that is, or if it is "
-                    "called in some passes only, give dfa_from_bp an example that calls it"
+                    "called in some passes only, give dfa_from_bp an example that calls it, or "
+                    "make one such pass first"
                 )
 
     def feedback(self, i: int) -> Tensor:

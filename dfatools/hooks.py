@@ -27,6 +27,11 @@ class Hook:
         return sent
 
 
+def hooks_of(module: nn.Module) -> list[Hook]:
+    """Returns the hooks of this kind behind a module."""
+    return [hook for hook in module._forward_hooks.values() if isinstance(hook, Hook)]
+
+
 def _with_first_tensor(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Returns `output` with its first floating-point tensor changed; None if it holds none."""
     if isinstance(output, Tensor):

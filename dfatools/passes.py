@@ -17,7 +17,7 @@ class Pass:
     def __init__(self, points: int, explicit: bool) -> None:
         self.explicit = explicit
         self.waiting: list[list[Tensor]] = [[] for _ in range(points)]  # activations of each point
-        self.detached: Tensor | None = None  # what the last point returned
+        self.detached: list[Tensor] = []  # the outputs of the points
         self.without_grad = False  # a point was called under no_grad
         self.counts: list[int] | None = None  # calls of each point before the DFA's last call
         # A compiled pass has ended before another begins.
@@ -66,7 +66,7 @@ class Pass:
         """Raises RuntimeError, at the end, for points that were called, but not before the DFA."""
         counts = self.counts or [0] * len(self.waiting)
         for point, (activations, count) in enumerate(zip(self.waiting, counts)):
-            if activations and not count:
+            if not count and any(activation.requires_grad for activation in activations):
                 raise RuntimeError(
                     f"a pass ended, and feedback point {point} gets nothing, for the DFA was not "
                     "called behind it: call parts of the network in one `with dfa.one_pass():`, or "

@@ -307,6 +307,12 @@ class Named(nn.Module):
         self.dfa = nn.Linear(7, 4)
 
 
+class Alias(Net):
+    def __init__(self):
+        super().__init__()
+        self.alias = self.first
+
+
 class Attribute(Net):
     dfa = "a word"
 
@@ -315,6 +321,7 @@ class Attribute(Net):
     (Net(), ("first",), TypeError, "a list of names, not the string 'first'"),
     (Net(), ([0],), TypeError, "names of submodules, not a int"),
     (Net(), ([],), ValueError, "points is empty"),
+    (Alias(), (["first", "alias"],), ValueError, "alias is another name of a module that has its"),
     (Net(), ({"first": (1,)},), TypeError, "must be a DFALayer with options, not a tuple"),
     (Named(), (["dfa"],), ValueError, "an attribute dfa"),
     (Attribute(), (["first"],), ValueError, "an attribute dfa"),
@@ -394,8 +401,36 @@ def test_a_point_that_is_called_behind_the_output_only_is_refused():
 @pytest.mark.parametrize("output", [None, "head"])
 def test_a_point_behind_the_output_layer_is_refused(output):
     model = dfa_from_bp(Plain().double(), [*POINTS, "head"], output=output)
-    with pytest.raises(RuntimeError, match="right behind a feedback point.*leave that point out"):
+    with pytest.raises(RuntimeError, match="behind the output layer, .*leave that point out"):
         model(X)
+
+
+class Finished(Plain):
+    """Calls another head behind the first, and may compute log-probabilities."""
+
+    def __init__(self, finish):
+        super().__init__()
+        self.other, self.finish = nn.Linear(9, 4), finish
+
+    def forward(self, x):
+        h = self.body["second"](self.first(x))
+        scores = self.head(h)
+        return self.finish(scores), self.other(h)
+
+
+@pytest.mark.parametrize("points", [["first", "head"], ["first", "head", "other"]])
+@pytest.mark.parametrize("finish", [nn.Identity(), nn.LogSoftmax(1)])
+def test_a_point_that_is_not_the_last_or_not_right_behind_is_refused_as_well(points, finish):
+    with pytest.raises(RuntimeError, match="a feedback point stands behind the output layer"):
+        dfa_from_bp(Finished(finish).double(), points)(X)
+
+
+def test_a_frozen_output_layer_is_trained_through():
+    model = dfa_from_bp(Plain().double(), POINTS)
+    model.head.requires_grad_(False)
+    got = gradients(model, (X, Y))
+    assert_close(got[:4], wanted(model)[:4])
+    assert got[4:] == [None, None]
 
 
 def test_a_copied_part_of_a_network_is_refused():

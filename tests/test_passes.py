@@ -171,6 +171,16 @@ def test_parts_outside_of_a_pass():
         mean_loss(model.classify(model.encode(A)), Y).backward()
 
 
+def test_a_frozen_part_behind_the_dfa_needs_no_feedback():
+    class Auxiliary(Net):
+        def forward(self, x):
+            output = self.dfa(self.last(torch.tanh(self.middle(self.encode(x)))))
+            return output, self.inner(x)
+
+    outputs = Auxiliary().double()(A)
+    assert outputs[0].requires_grad and torch.equal(outputs[1], A)
+
+
 def run_that_raises(error):
     """Makes a forward pass that raises between its two points."""
 
