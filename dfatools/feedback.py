@@ -371,6 +371,7 @@ class DFA(nn.Module):
             )
         points, hidden = now.take([layer.recurrent for layer in self.layers])
         self._refuse_point_at_output(output, now)
+        now.detached.clear()
         for activation in hidden:
             if activation.shape[: self.batch_dims] != output.shape[: self.batch_dims]:
                 raise ValueError(

@@ -34,12 +34,12 @@ def hooks_of(module: nn.Module) -> list[Hook]:
 
 def _with_first_tensor(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Returns `output` with its first floating-point tensor changed; None if it holds none."""
+    if output is None:  # PyTorch 2.11 cannot compile is_dataclass(None)
+        return None
     if isinstance(output, Tensor):
         return change(output) if output.is_floating_point() else None
     kind: Any = type(output)
     parts: dict[Any, Any]
-    if output is None:  # PyTorch 2.11 cannot compile is_dataclass(None)
-        return None
     if is_dataclass(kind):  # as in transformers
         parts = {field.name: getattr(output, field.name) for field in fields(output) if field.init}
     elif isinstance(output, Mapping):

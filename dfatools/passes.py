@@ -17,7 +17,7 @@ class Pass:
     def __init__(self, points: int, explicit: bool) -> None:
         self.explicit = explicit
         self.waiting: list[list[Tensor]] = [[] for _ in range(points)]  # activations of each point
-        self.detached: list[Tensor] = []  # the outputs of the points
+        self.detached: list[Tensor] = []  # outputs of the points since the DFA's last call
         self.without_grad = False  # a point was called under no_grad
         self.counts: list[int] | None = None  # calls of each point before the DFA's last call
         # A compiled pass has ended before another begins.

@@ -158,18 +158,15 @@ class Definition:
             shared = point.shared_dims
             behind = tuple(range(-len(shared), 0))
             moved = torch.empty_like(hidden).movedim(shared, behind)
-            features, positions = (
-                moved.shape[: hidden.dim() - len(shared)],
-                moved.shape[-len(shared) :],
-            )
-            count = math.prod(positions) if shared else 1
+            features = moved.shape[: hidden.dim() - len(shared)]
+            positions = math.prod(hidden.shape[dim] for dim in shared)
             rows = error.reshape(features[: self.dfa.batch_dims].numel(), -1)
             rows = rows * len(rows) if self.dfa.reduction == "sum" else rows
             size = features[self.dfa.batch_dims :].numel()
-            signal = self.rule(rows, self.points.index(point), size).reshape(features)
+            signal = self.rule(rows, self.dfa.layers.index(point), size).reshape(features)
             for _ in shared:
                 signal = signal[..., None]
-            moved.copy_(signal / count**0.5)
+            moved.copy_(signal / positions**0.5)
             signals.append(moved.movedim(behind, shared))
         return signals
 

@@ -171,14 +171,24 @@ def test_parts_outside_of_a_pass():
         mean_loss(model.classify(model.encode(A)), Y).backward()
 
 
-def test_a_frozen_part_behind_the_dfa_needs_no_feedback():
-    class Auxiliary(Net):
-        def forward(self, x):
-            output = self.dfa(self.last(torch.tanh(self.middle(self.encode(x)))))
-            return output, self.inner(x)
+class Auxiliary(Net):
+    """Calls its second point behind the DFA only."""
 
-    outputs = Auxiliary().double()(A)
-    assert outputs[0].requires_grad and torch.equal(outputs[1], A)
+    def __init__(self):
+        super().__init__()
+        self.side = nn.Linear(6, 6)
+
+    def forward(self, x):
+        output = self.dfa(self.last(torch.tanh(self.middle(self.encode(x)))))
+        return output, self.inner(self.side(x))
+
+
+def test_a_part_behind_the_dfa_is_refused_unless_it_is_frozen():
+    model = Auxiliary().double()
+    with pytest.raises(RuntimeError, match="a pass ended, and feedback point 1 gets nothing"):
+        model(A)
+    model.side.requires_grad_(False)
+    assert model(A)[0].requires_grad
 
 
 def run_that_raises(error):
