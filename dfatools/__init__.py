@@ -1,13 +1,16 @@
-"""Direct Feedback Alignment for PyTorch.
+"""Direct Feedback Alignment (DFA) for PyTorch.
 
-feedback.py       DFALayer, DFA: one backward pass that trains every layer from the output error;
-                  DFA.signals: the place for other feedback rules
+feedback.py       DFALayer, DFA: one backward pass trains every layer from the output error;
+                  DFA.signals: the method that other feedback rules override
 passes.py         Pass: the activations of one call of a network, and checks of the order of calls
-hooks.py          Hook: a feedback point or the DFA behind a module, its code untouched
-conversion.py     dfa_from_bp: an ordinary network, made into a DFA network
+hooks.py          Hook: a feedback point or the DFA after a module, by a forward hook
+conversion.py     dfa_from_bp: turns an ordinary network into a DFA network
 alignment.py      measure_alignment: the angle between DFA's signals and true gradients
-prealignment.py   prealign: weights that start out aligned with the feedback
-bottleneck.py     BottleneckLinear: a layer that lets only part of its gradients through
+prealignment.py   prealign: sets weights whose BP gradients start aligned with the feedback
+bottleneck.py     BottleneckLinear: a Linear layer that masks its gradients
+
+The examples in docstrings assume `import torch`, `from torch import nn`, `from torch.nn import
+functional as F` and `from dfatools import *`.
 """
 
 from dfatools.alignment import measure_alignment

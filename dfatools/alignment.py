@@ -1,4 +1,4 @@
-"""How well DFA's signals are aligned with the gradients of backpropagation."""
+"""Alignment of DFA's signals with the gradients of backpropagation (BP)."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,31 +19,36 @@ def measure_alignment(
 ) -> dict[str, Tensor]:
     """Measures the cosine between DFA's signal and the BP gradient at each leaf module's output.
 
-        cosines = measure_alignment(model, x_test[:128], y_test[:128], F.cross_entropy)
-        print(cosines["act1"].mean(), cosines["act1"].std())
+        >>> model = dfa_from_bp(nn.Sequential(nn.Linear(20, 64), nn.Tanh(), nn.Linear(64, 10)))
+        >>> x, y = torch.randn(128, 20), torch.randint(10, (128,))
+        >>> cosines = measure_alignment(model, x, y, F.cross_entropy)
+        >>> {name: tuple(cosine.shape) for name, cosine in cosines.items()}
+        {'0': (128,), '1': (128,), '2': (128,)}
+        >>> cosines["2"].mean().item()  # the output layer gets the BP gradient itself
+        1.0
 
-    It is the cosine of the angle between them: 1 is BP's direction, 0 a right angle.
-    Both are taken on one forward pass, in eval mode; no parameter's gradient is computed. The
-    model's mode, its gradients and the random state are as before afterwards, but for a pass that
-    draws the feedback matrix, if there is none yet. Modes are set back by `train(mode)`.
+    A cosine of 1 is the direction of the BP gradient, 0 a right angle. Signal and gradient are
+    those of one forward pass, in eval mode; no gradient of a parameter is computed. Afterwards the
+    model's mode, its gradients and the random state are unchanged, except that the feedback matrix
+    is drawn if it is empty. Modes are restored by `train(mode)`.
 
     Args:
-        model: a network with one `DFA` at its output, called once per pass, before `torch.compile`.
-            Its `training_method` does not matter.
-        x: a batch, passed to the model as its one argument: a tensor, a tuple, a dict or a graph.
-        y: its targets, passed to the loss.
+        model: a network with one `DFA` at its output, called once per pass; not the result of
+            `torch.compile`. Any `training_method`.
+        x: a batch, the model's one argument: a tensor, a tuple, a dict or a graph.
+        y: its targets, an argument of the loss.
         loss: `loss(model(x), y)`, a scalar in which no sample's term depends on another sample.
 
     Returns: `{module name: cosines}`, in network order, each `(N,)`, float64, on the device of the
-    module's output; 0 where either side vanishes. N is the first dimension of the `DFA`'s output:
-    the number of samples, or of the nodes of a graph. Leaf modules are left out whose output is no
-    tensor of shape `(N, ...)`, that no gradient reaches, or that are feedback points. The outputs
-    of a module that is called several times count as one.
+    module's output; 0 if signal or gradient is zero. N is the first dimension of the `DFA`'s
+    output: the number of samples, or of nodes of a graph. Feedback points, modules without a
+    gradient, and modules whose output is no tensor of shape `(N, ...)` are left out. All outputs
+    of a repeatedly called module together give one cosine.
 
     Raises:
         ValueError: the model has no `DFA` or several, or calls it more than once.
-        RuntimeError: the loss is no scalar or not one of the output, no parameter asks for
-            gradients, or the model is compiled.
+        RuntimeError: the loss is no scalar, or does not depend on the output; no parameter requires
+            a gradient; or the model is compiled.
     """
     result = {}
     samples, modules = probe(model, x, y, loss)
@@ -54,7 +59,7 @@ def measure_alignment(
             torch.cat([side[:, None].flatten(1) for side in sides], 1).double()
             for sides in zip(*((call.dfa, call.bp) for call in calls))
         )
-        # In this form the cosine of a vector with itself is exactly 1.
+        # One root of the product, not two roots: a vector's cosine with itself is exactly 1.
         norms = (dfa.square().sum(1) * bp.square().sum(1)).sqrt()
         result[name] = torch.where(norms == 0, 0.0, (dfa * bp).sum(1) / norms)
     return result
@@ -62,21 +67,24 @@ def measure_alignment(
 
 @dataclass
 class Probe:
-    """Signal and gradient at one call of a leaf module, shaped as its output, or its input."""
+    """Signal and gradient at one call of a leaf module, in the shape of its output or input."""
 
     dfa: Tensor  # DFA's signal at its output
     bp: Tensor  # the BP gradient at its output
-    dfa_input: Tensor | None  # DFA's signal at its input; None where no gradient can reach it
+    dfa_input: Tensor | None  # DFA's signal at its input; None if no gradient reaches it
 
 
 def probe(model: nn.Module, x: Any, y: Any, loss: Callable) -> tuple[int, dict[str, list[Probe]]]:
-    """Takes DFA's signals and BP's gradients at every call of every leaf module, as above.
+    """Computes DFA's signal and the BP gradient at every call of every leaf module.
+
+    The forward pass builds the whole graph, with a gate after each feedback point. The first
+    backward pass, with open gates and unmasked bottlenecks, is BP. The second one, with shut gates
+    and e B_i inserted at the points, is DFA.
+
+    Args:
+        model, x, y, loss: as for `measure_alignment`, whose errors it raises.
 
     Returns: the number of samples, and `{module name: its calls}`.
-
-    The graph is built whole, with a gate behind each feedback point. A first backward pass, gates
-    open, is BP; a second one, gates shut and e B_i put in at the points, is DFA. The gradient
-    bottleneck is the DFA network's: BP's gradient is the true one.
     """
     dfas = [module for module in model.modules() if isinstance(module, DFA)]
     if len(dfas) != 1:
@@ -85,7 +93,7 @@ def probe(model: nn.Module, x: Any, y: Any, loss: Callable) -> tuple[int, dict[s
     seen = _Recorder()
     with torch.inference_mode(False), torch.enable_grad():
         if dfa.needs_matrix and dfa.feedback_matrix.numel() == 0:
-            # It is drawn in front of the fork of the random state.
+            # Drawn before the fork, which would rewind the random state.
             with evaluation(model, dfa, "dfa"):
                 model(x)
         with evaluation(model, dfa, "bp"), _forked_random_state(model), seen.watch(model, dfa):
@@ -123,18 +131,18 @@ def probe(model: nn.Module, x: Any, y: Any, loss: Callable) -> tuple[int, dict[s
             calls.setdefault(name, []).append(call)
     if not calls:
         raise RuntimeError(
-            "no gradient gets to the output of any module; of a compiled model, take the original"
+            "no gradient reaches the output of any module: of a compiled model, give the original"
         )
     return len(output), calls
 
 
 class _Recorder:
-    """Forward hooks that record the calls of leaf modules, and put gates behind feedback points."""
+    """Forward hooks: record the calls of leaf modules, and add a gate after each feedback point."""
 
     def __init__(self) -> None:
         self.shut = False
         self.points: list[tuple[int, Tensor]] = []  # index and activation of each call of a point
-        self.gated: dict[Tensor, Tensor] = {}  # tensor behind a gate -> tensor in front of it
+        self.gated: dict[Tensor, Tensor] = {}  # tensor after a gate -> tensor before it
         self.calls: list[tuple[str, Tensor | None, Tensor]] = []  # module name, input, output
         self.outputs: list[Tensor] = []
 
@@ -162,7 +170,7 @@ class _Recorder:
     def at_point(self, index: int, module: nn.Module, args: tuple, hidden: Tensor) -> Tensor | None:
         if not hidden.requires_grad:
             return None
-        hidden = hidden.clone()  # the activation at its point, whatever changes it in place later
+        hidden = hidden.clone()  # the network may change the activation in place later
         behind = hidden.clone()
         behind.register_hook(lambda gradient: torch.zeros_like(gradient) if self.shut else None)
         self.points.append((index, hidden))
@@ -173,20 +181,20 @@ class _Recorder:
         if not isinstance(output, Tensor) or not output.requires_grad:
             return None
         source: Any = next(iter((*args, *kwargs.values())), None)
-        # A feedback point may be a hook of the module. (One that works in place returns its input.)
+        # The module's own hook may be a feedback point. An in-place module returns its input.
         end = output if output is source else self.gated.get(output, output)
         if isinstance(source, Tensor) and source.requires_grad:
             self.calls.append((name, self.gated.get(source, source), end))
         else:
             self.calls.append((name, None, end))
-        copied = output.clone()  # as at the gates: an in-place module may come next
+        copied = output.clone()  # the next module may work in place
         if end is not output:
             self.gated[copied] = end
         return copied
 
 
 def _is_leaf(name: str, module: nn.Module) -> bool:
-    """Whether it holds no other modules, those that compute its own parameters aside."""
+    """Returns whether a module has no children, except parametrizations of its parameters."""
     parametrizations = "parametrizations"  # torch.nn.utils.parametrize's name for them
     inside = parametrizations in name.split(".")
     children = [child for name, child in module.named_children() if name != parametrizations]
@@ -195,7 +203,7 @@ def _is_leaf(name: str, module: nn.Module) -> bool:
 
 @contextmanager
 def _forked_random_state(model: nn.Module) -> Iterator[None]:
-    """Restores the default generators, and those that the model's modules hold."""
+    """Restores the default generators, and the generators kept by modules of the model."""
     tensors = chain(model.parameters(), model.buffers())
     devices = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
     held = chain.from_iterable(vars(module).values() for module in model.modules())

@@ -9,21 +9,25 @@ from torch.nn import functional as F
 
 
 class BottleneckLinear(nn.Linear):
-    """A Linear whose backward pass keeps each gradient entry with a given probability.
+    """Linear layer whose backward pass keeps each gradient entry with probability `keep`.
 
-    The forward pass is that of `nn.Linear`. Which entries of the weight's and the bias's gradient
-    are kept is drawn once; the masks are buffers. Of the gradient with respect to the input, the
-    entries are drawn anew in each backward pass, by `input_mask`.
+        >>> layer = BottleneckLinear(64, 64, keep=0.1)
+        >>> layer(torch.randn(8, 64)).sum().backward()
+        >>> torch.equal(layer.weight.grad != 0, layer.weight_mask.bool())
+        True
+
+    The forward pass equals `nn.Linear`'s. The masks of `grad_weight` and `grad_bias` are drawn once
+    and kept as buffers; the mask of `grad_input` is drawn in each backward pass, by `input_mask`.
 
     Args:
         in_features, out_features, bias: as for `nn.Linear`.
-        keep: the probability, in 0..1.
-        generator: draws the masks that are buffers, on the CPU; the default one if None.
+        keep: the probability, from 0 to 1.
+        generator: draws the masks in the buffers, on the CPU; by default the default generator.
 
     Attributes:
-        input_generator: draws what is kept of the gradient with respect to the input, on that
-            tensor's device; the device's default one if None.
-        masking: False lets whole gradients through, see `unmasked`.
+        input_generator: draws the masks of `grad_input`, on its device; None for the device's
+            default generator.
+        masking: False to keep all gradient entries, see `unmasked`.
 
     Raises ValueError for a `keep` outside 0..1.
     """
@@ -58,14 +62,14 @@ class BottleneckLinear(nn.Linear):
         return F.linear(_Mask.apply(input, self, None), weight, bias)
 
     def input_mask(self, gradient: Tensor) -> Tensor:
-        """Draws the mask, 0 or 1 for each entry, of the gradient with respect to the input."""
+        """Draws the mask of `grad_input`: 0 or 1 for each entry."""
         mask = torch.empty_like(gradient)
         return mask.bernoulli_(self.keep, generator=self.input_generator)
 
 
 @contextmanager
 def unmasked(model: nn.Module) -> Iterator[None]:
-    """Lets whole gradients through the bottlenecks of a model, so that BP's are the true ones."""
+    """Switches off the bottlenecks of a model in the block, for true BP gradients."""
     layers = [m for m in model.modules() if isinstance(m, BottleneckLinear) and m.masking]
     try:
         for layer in layers:

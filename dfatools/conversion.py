@@ -1,4 +1,4 @@
-"""From a network for backpropagation to one for Direct Feedback Alignment."""
+"""Conversion of a network for backpropagation to one for Direct Feedback Alignment."""
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
@@ -25,63 +25,69 @@ def dfa_from_bp(
     rule: Callable[..., DFA] = DFA,
     **dfa_options: Any,
 ) -> Any:
-    """Makes a DFA network of an ordinary network, which is left as it was.
+    """Returns a copy of an ordinary network, made into a DFA network.
 
-        bp = nn.Sequential(nn.Linear(20, 64), nn.Tanh(), nn.Linear(64, 10))
-        model = dfa_from_bp(bp, example=torch.zeros(1, 20))
-        F.cross_entropy(model(x), y).backward()
+        >>> bp = nn.Sequential(nn.Linear(20, 64), nn.Tanh(), nn.Linear(64, 10))
+        >>> dfa_from_bp(bp)
+        Sequential(
+          (0): Linear(in_features=20, out_features=64, bias=True)
+          (1): Tanh()
+          (feedback_2): DFALayer()
+          (2): Linear(in_features=64, out_features=10, bias=True)
+          (dfa): DFA(1 layers, normalization=True, reduction='mean', training_method='dfa')
+        )
+        >>> encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, batch_first=True), 2)
+        >>> dfa_from_bp(encoder, ["layers.0"], batch_dims=2).dfa.layers
+        (DFALayer(),)
 
-        gpt2 = dfa_from_bp(gpt2, ["transformer.h.0", "transformer.h.1"], batch_dims=2)
-        resnet = dfa_from_bp(resnet, {"layer1": DFALayer(shared_dims=(2, 3)), ...})
+    An `nn.Sequential` needs no `points`. It gets a feedback point before every module with weights
+    except the first, in nested Sequentials too, and the `DFA` as its last module. Parameters of
+    normalisation layers and PReLU do not count as weights. Any other module with weights inside,
+    for example a residual block, counts as one layer: BP trains its inside. The point before
+    module `m` is a module of the Sequential, called `feedback_m`.
 
-    With `points`, a feedback point stands behind each submodule named there, by a forward hook. The
-    network's code, names and `state_dict` keys stay; `dfa.feedback_matrix` is new. Where a
-    submodule returns a tuple, a mapping or a dataclass, the point takes the first floating-point
-    tensor in it, and the others are not detached. The `DFA` is a submodule called `dfa`; it takes
-    the model's output, or the first such tensor in it. The first pass has to call all these
-    submodules, and is refused otherwise, if it is not compiled.
-
-    An `nn.Sequential` needs no `points`. A point then stands in front of every module with weights
-    but the first, in nested Sequentials too. Weights are parameters other than those of
-    normalisation and PReLU. A module that holds modules with weights (a residual block, say) counts
-    as one such module: backpropagation trains its inside. The points are modules of the Sequential,
-    called `feedback_<name of the module behind>`, and the `DFA` is its last.
+    Any other network gets a feedback point after each submodule named in `points`, by a forward
+    hook. Its code, its names and the keys of its `state_dict` stay the same; the submodule `dfa`
+    and the key `dfa.feedback_matrix` are new. The `DFA` is applied to the model's output. Of a
+    tuple, a mapping or a dataclass, a point and the `DFA` use the first floating-point tensor; the
+    other tensors are not detached. The first pass must call all named submodules, or it is refused
+    (a compiled first pass is not checked).
 
     Args:
-        model: the network, whose input and output are those of the result.
-        points: names of submodules, as in `model.named_modules()`, or `{name: DFALayer(...)}`,
-            from which each point takes its options. May be None for a Sequential.
-        example: a batch for `model`; one pass of it, in eval mode, makes the feedback matrix at
-            once. Without it, the first pass that needs the matrix does.
-        output: name of the submodule that the `DFA` stands behind, if not the model itself: of the
-            module that computes the logits, where the model itself computes a loss or a softmax.
+        model: the network; the result has the same input and output.
+        points: names of submodules, as in `model.named_modules()`, or `{name: DFALayer(...)}` with
+            the options of each point. Optional for a Sequential.
+        example: a batch for `model`. One pass of it in eval mode draws the feedback matrix at once,
+            not in the first pass that needs it.
+        output: name of the submodule that computes the logits, if the model itself returns a loss
+            or probabilities; the `DFA` is applied to its output.
         rule: the class of the `DFA`.
         dfa_options: the keyword arguments of `rule`.
 
     Raises:
-        TypeError: `points` is no list of names, or missing for a model that is no Sequential; or
-            the model is a Sequential with a forward of its own, or with `output`.
-        ValueError: there is no submodule of a name (the message lists the submodules of its
-            parent), or a submodule is named twice; the model has feedback points already, or an
-            attribute with the name of a module to be added; it ends in probabilities, whose error
-            is not that at the logits; without `points`, it has fewer than two modules with
-            weights; or `rule` refuses an option.
+        TypeError: `points` is not a list of names; or it is missing, and the model is no
+            Sequential; or the model is a Sequential with its own `forward`, or with `output`.
+        ValueError: a named submodule does not exist (the message lists the existing ones), or is
+            named twice; the model has feedback points already, or an attribute with the name of an
+            added module; it ends in a softmax or sigmoid, so that the error at its output is not
+            the error at the logits; without `points`, it has fewer than two modules with weights;
+            or `rule` refuses an option.
     """
     plain = _is_plain(model)
     if points is None and not plain:
         raise TypeError(
-            f"dfa_from_bp needs points for {type(model).__name__}, which is no plain nn.Sequential:"
-            ' names of submodules, such as ["layer1", "layer2"]'
+            f"dfa_from_bp needs points for a {type(model).__name__}, which is no plain Sequential: "
+            'give names of submodules, such as ["layer1", "layer2"]'
         )
     if isinstance(model, nn.Sequential) and not (plain and output is None):
         raise TypeError(
-            "a Sequential runs all modules that are added to it: for one with a forward of its "
-            "own, or with `output`, make a module that holds it"
+            "a Sequential would run the added DFA as its last module: to use `output`, or a "
+            "Sequential with its own forward, wrap it in a module"
         )
     if feedback_points(model):
-        raise ValueError("this model has feedback points already")
+        raise ValueError("this model has feedback points already: give the BP network")
     if hasattr(model, "dfa"):
-        raise ValueError("this model has an attribute dfa, the name of the module to be added")
+        raise ValueError("this model has an attribute dfa, the name of the added module: rename it")
     result: Any = copy.deepcopy(model)
     end = result if output is None else _submodule(result, output)
     _refuse_probabilities(end)
@@ -99,7 +105,7 @@ def dfa_from_bp(
 
 
 def _hook_points(model: nn.Module, points: Iterable[str] | Mapping[str, DFALayer]) -> None:
-    """Puts a feedback point behind each of the named submodules."""
+    """Adds a feedback point after each named submodule."""
     if isinstance(points, str):
         raise TypeError(f"points must be a list of names, not the string {points!r}")
     given = points if isinstance(points, Mapping) else {name: DFALayer() for name in points}
@@ -111,13 +117,13 @@ def _hook_points(model: nn.Module, points: Iterable[str] | Mapping[str, DFALayer
             raise TypeError(f"points[{name!r}] must be a DFALayer with options, not a {kind}")
         module, point = _submodule(model, name), DFALayer(options.shared_dims, options.recurrent)
         if hooks_of(module):
-            raise ValueError(f"{name} is another name of a module that has its point already")
+            raise ValueError(f"{name} is a second name of one submodule: give one of its names")
         point.name = name
         module.register_forward_hook(Hook(point))
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module:
-    """Returns a submodule; where there is none, the error lists the submodules of its parent."""
+    """Returns a submodule; raises an error that lists the existing ones."""
     if not isinstance(name, str):
         raise TypeError(f"points and output are names of submodules, not a {type(name).__name__}")
     module, path = model, "the model"
@@ -131,35 +137,35 @@ def _submodule(model: nn.Module, name: str) -> nn.Module:
 
 
 def _refuse_probabilities(model: nn.Module) -> None:
-    """Raises ValueError if a network, as far as its modules tell, ends in probabilities."""
+    """Raises ValueError if the last modules of a network include a softmax or sigmoid."""
     modules = _flat(model)
     weighted = [i for i, module in enumerate(modules) if has_weights(module)]
     for module in modules[weighted[-1] if weighted else 0 :]:
         if isinstance(module, PROBABILITIES):
             raise ValueError(
-                f"this model ends in {type(module).__name__}: DFA needs the error at the logits; "
-                "leave that module out, and use a loss of logits, such as cross_entropy"
+                f"this model ends in {type(module).__name__}, but DFA needs the error at the "
+                "logits: remove that module, and use a loss of logits, such as cross_entropy"
             )
 
 
 def _with_points(model: nn.Sequential) -> nn.Sequential:
-    """Rebuilds a Sequential with feedback points as modules in front of those with weights."""
+    """Rebuilds a Sequential with a feedback point before each module with weights."""
     if sum(map(has_weights, _flat(model))) < 2:
-        raise ValueError("this model has fewer than two modules with weights: nothing to feed")
+        raise ValueError("this model has fewer than two modules with weights: DFA needs two")
     return _rebuilt(model, first=True)
 
 
 def _rebuilt(model: nn.Sequential, first: bool) -> nn.Sequential:
-    """Puts the points in; `first`: no module with weights is in front of `model`."""
-    result = copy.copy(model)  # of its own kind, with its hooks and buffers
+    """Returns a copy with feedback points; `first`: no module before `model` has weights."""
+    result = copy.copy(model)  # keeps its class, hooks and buffers
     result._modules = {}
-    for name, module in model._modules.items():  # named_children gives a shared module once only
+    for name, module in model._modules.items():  # named_children omits repeated modules
         if _is_plain(module):
             module = _rebuilt(module, first)
         elif has_weights(module) and not first:
             point = f"feedback_{name}"
             if point in model._modules:
-                raise ValueError(f"a module is called {point}, the name of a point to be added")
+                raise ValueError(f"{point} is the name of an added point: rename the module")
             result.add_module(point, DFALayer())
         first = first and not has_weights(module)
         result.add_module(name, module)
@@ -167,18 +173,18 @@ def _rebuilt(model: nn.Sequential, first: bool) -> nn.Sequential:
 
 
 def _flat(model: nn.Module) -> list[nn.Module]:
-    """The modules that a Sequential runs one by one, those of nested Sequentials included."""
+    """Returns the modules in the order of a Sequential's run, nested Sequentials unpacked."""
     if not _is_plain(model):
         return [model]
     return [module for child in model._modules.values() for module in _flat(child)]
 
 
 def _is_plain(module: nn.Module | None) -> TypeGuard[nn.Sequential]:
-    """Whether it is a Sequential that runs its modules one by one, and does no more than that."""
+    """Returns whether a module is a Sequential with nn.Sequential's own forward."""
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
 def has_weights(module: nn.Module) -> bool:
-    """Whether it holds a parameter that is not one of normalisation."""
+    """Returns whether a module has parameters other than those of normalisation and PReLU."""
     own = (part for part in module.modules() if not isinstance(part, NORMS))
     return any(True for part in own for _ in part.parameters(recurse=False))

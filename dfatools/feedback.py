@@ -1,14 +1,13 @@
 """Direct Feedback Alignment in one backward pass.
 
-Backpropagation (BP) gives hidden activations h_i the gradient dL/dh_i. Direct Feedback Alignment
-(Nokland 2016) gives them e B_i instead, with the output error e = dL/dy and a fixed random matrix
-B_i.
+Backpropagation (BP) gives a hidden activation h_i the gradient dL/dh_i. Direct Feedback Alignment
+(Nokland 2016) gives it e B_i instead: the output error e = dL/dy, times a fixed random matrix B_i.
 
-A `DFALayer` behind a hidden block, a feedback point, detaches its activation: the next block sees
-the same values and sends nothing back. A `DFA` at the output joins the detached activations in one
-autograd node, which leaves the output as it is and, on the way back, hands e to the output and
-e B_i to each h_i. So one plain `loss.backward()` trains every layer, and no product with a
-transposed weight matrix is ever formed.
+A feedback point is a `DFALayer` after a hidden block. It detaches the activation: the next block
+gets the same values, and sends no gradient back. A `DFA` at the output joins all detached
+activations in one autograd node. Its forward pass returns the output unchanged; its backward pass
+gives e to the output, and e B_i to each h_i. So one plain `loss.backward()` trains every layer.
+With a feedback point before each layer, no product with a transposed weight matrix is formed.
 """
 
 import math
@@ -27,7 +26,7 @@ from dfatools.passes import Pass, refuse_untrained
 TRAINING_METHODS = ("dfa", "bp", "shallow")
 REDUCTIONS = ("mean", "sum")
 FEEDBACK_DTYPES = (None, torch.bfloat16, torch.float16, torch.float32, torch.float64)
-BLOCK = 2**24  # entries of a narrow feedback matrix that are widened at a time
+BLOCK = 2**24  # entries of the feedback matrix cast to a wider type at a time
 
 
 class Activation(NamedTuple):
@@ -35,12 +34,12 @@ class Activation(NamedTuple):
 
     point: int  # index of its feedback point in `DFA.layers`
     shape: torch.Size  # (*batch, *features)
-    size: int  # d_i: number of features, without those that `shared_dims` share
+    size: int  # d_i: number of features per position of `shared_dims`
     value: Tensor | None  # None unless the rule needs values
 
 
 class _OnlyInTinyDFA:
-    """Attribute that TinyDFA has, and that would change nothing here: setting it is an error."""
+    """An attribute of TinyDFA without effect here; setting it raises AttributeError."""
 
     def __init__(self, remedy: str) -> None:
         self.remedy = remedy
@@ -57,23 +56,28 @@ class _OnlyInTinyDFA:
 
 
 class DFALayer(nn.Module):
-    """A feedback point: placed after a hidden block, identity in value.
+    """Feedback point: the identity in value, placed after a hidden block, which it detaches.
 
-    It belongs to the `DFA` that is made after it, on a network that holds it. It may stand inside
-    what `torch.utils.checkpoint` computes again (`use_reentrant=False`), except under
-    `torch.compile`. In a module given to FSDP2's `fully_shard` it comes first, not last: FSDP
-    gathers the weights when a gradient gets to the module's output.
+    It belongs to the `DFA(network)` made after it. It may be inside a block recomputed by
+    `torch.utils.checkpoint` (`use_reentrant=False`), except under `torch.compile`. In a module
+    sharded by FSDP2's `fully_shard` it comes first, not last: FSDP2 gathers the weights when a
+    gradient reaches the module's output.
+
+        >>> model = nn.Sequential(nn.Embedding(100, 32), DFALayer(shared_dims=(1,)), nn.GRU(32, 64))
+        >>> model[1]
+        DFALayer(shared_dims=(1,))
 
     Args:
-        shared_dims: dimensions of the activation, behind the batch's, whose positions all get the
-            same signal: `(1,)` for the tokens or time steps of (N, T, d), `(2, 3)` for the pixels
-            of (N, C, H, W). The other d_i features alone count for the matrix, (output size, d_i),
-            so any number of positions will do. Each of R positions gets e B_i / sqrt(R), as in
-            TinyDFA: the signal of the whole activation is as long as that of one position alone.
-        recurrent: allows several calls in one pass before the `DFA`'s, as in a recurrence or with
-            shared weights. All their activations get the feedback: the output must depend on each.
+        shared_dims: dimensions of the activation, after the batch dimensions, whose positions all
+            get the same signal: `(1,)` for the tokens or time steps of (N, T, d), `(2, 3)` for the
+            pixels of (N, C, H, W). B_i is then (output size, d_i) with the size d_i of the other
+            dimensions, for any number of positions. Each of R positions gets e B_i / sqrt(R), as
+            in TinyDFA, so that the norm of the signal does not depend on R.
+        recurrent: allows several calls before the `DFA`'s in one pass, as in a recurrence or with
+            shared weights. Every one of these activations gets the feedback, so the output must
+            depend on each.
 
-    Shapes: any `(*batch, *features)`, unchanged, with as many batch dimensions as its `DFA` says.
+    Shapes: any `(*batch, *features)`, unchanged; `DFA(batch_dims=...)` counts the batch dimensions.
 
     Raises ValueError if `shared_dims` is no tuple of different positive integers.
     """
@@ -91,8 +95,8 @@ class DFALayer(nn.Module):
             )
         self.shared_dims = shared
         self.recurrent = recurrent
-        self.name: str | None = None  # of the submodule that it stands behind, if it was named
-        # In __dict__, so as not to be a submodule: the DFA stands elsewhere in the network.
+        self.name: str | None = None  # of the submodule before it, if dfa_from_bp got points
+        # In __dict__, so that the DFA is not registered as a submodule of its point.
         self.__dict__["_dfa"] = None
         self._index = 0
 
@@ -116,7 +120,7 @@ class DFALayer(nn.Module):
 
 
 def feedback_points(network: nn.Module) -> list[DFALayer]:
-    """Returns the feedback points of a network: its submodules, and those that hooks call."""
+    """Returns the feedback points of a network: submodules, and points in forward hooks."""
     points: list[DFALayer] = []
     for module in network.modules():
         places = [module, *(hook.place for hook in hooks_of(module))]
@@ -125,62 +129,68 @@ def feedback_points(network: nn.Module) -> list[DFALayer]:
 
 
 class DFA(nn.Module):
-    """Direct Feedback Alignment for the feedback points of a network; called on its output.
+    """Direct Feedback Alignment for a network with feedback points; called on its output.
 
-        class Net(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.first, self.last, self.point = nn.Linear(20, 64), nn.Linear(64, 5), DFALayer()
-                self.dfa = DFA(self)  # after the points
+        >>> class Net(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.hidden, self.output = nn.Linear(20, 64), nn.Linear(64, 5)
+        ...         self.point = DFALayer()
+        ...         self.dfa = DFA(self)  # after the points
+        ...
+        ...     def forward(self, x):
+        ...         h = self.point(torch.tanh(self.hidden(x)))
+        ...         return self.dfa(self.output(h))
+        >>> model = Net()
+        >>> F.cross_entropy(model(torch.randn(8, 20)), torch.arange(8) % 5).backward()
+        >>> model.hidden.weight.grad.shape, model.dfa.feedback(0).shape
+        (torch.Size([64, 20]), torch.Size([5, 64]))
 
-            def forward(self, x):
-                return self.dfa(self.last(self.point(torch.tanh(self.first(x)))))
+    All feedback points share one random matrix, (output size, largest d_i), with entries from
+    N(0, 1). B_i, (output size, d_i), is its first d_i columns, where d_i is the number of features
+    of activation i. The first pass that needs the matrix draws it, on the output's device, in
+    float32 or wider. In a distributed run the first process broadcasts its matrix, so all processes
+    must make the first pass together.
 
-    It owns one random matrix, (output size, largest feedback size), with entries from N(0, 1),
-    shared by all points: the i-th gets the first d_i columns, its B_i, (output size, d_i).
-    The first pass that needs the matrix draws it, on the output's device, in float32 or wider. In a
-    distributed run the first process sends its matrix to all: they make the first pass together.
-
-    One call of the network is one pass: the activations at its points wait for the `DFA`'s call,
-    and are dropped when the network returns or raises. Parts of it that are called by themselves
-    make one pass in `with dfa.one_pass():`; outside of a pass, points detach and get no feedback.
+    One call of the network is one pass: its activations are kept for the call of the `DFA`, and
+    dropped when the network returns or raises. Parts of the network called by themselves form one
+    pass in `with dfa.one_pass():`. Outside of a pass, feedback points detach and get no feedback.
 
     Args:
-        network: the module that holds the `DFALayer`s. It may have had another `DFA` before.
-        normalization: scale B_i to a standard deviation of 1 / sqrt(d_i * output size), so that
-            the norm of e B_i is about that of e over sqrt(output size), whatever d_i is. Without
-            it, the standard deviation is 1, and the norm sqrt(d_i) times that of e.
-        reduction: `"mean"` sends back e itself; `"sum"` sends back e times the number of samples
-            in the batch (in a distributed run: over all processes), which under a mean loss is
-            the summed error of the 2019 release. Each micro-batch counts by itself.
-        training_method: `"dfa"`; `"bp"`, the same network with nothing detached; `"shallow"`, where
-            only what follows the last feedback point learns. May be changed at any time.
-        batch_dims: how many leading dimensions the output and the hidden activations share: 1 for
+        network: the module that contains the feedback points. A new `DFA` replaces an earlier one.
+        normalization: scales B_i to a standard deviation of 1 / sqrt(d_i * output size), so that
+            e B_i has about the norm of e / sqrt(output size), for any d_i. Without it, the
+            standard deviation is 1, and the norm is about that of e times sqrt(d_i).
+        reduction: `"mean"` sends back e itself. `"sum"` sends back e times the number of samples
+            in the batch (in a distributed run: in all processes). Under a mean loss this is the
+            summed error of the 2019 release. With gradient accumulation, the micro-batch counts.
+        training_method: `"dfa"`; `"bp"`, backpropagation through the same network; `"shallow"`,
+            which trains only the layers after the last feedback point. May be changed at any time.
+        batch_dims: number of leading dimensions shared by the output and the activations: 1 for
             (batch, feature), 2 for (batch, token, feature).
-        feedback_device: where the matrix is kept, if not where the output is.
-        generator: draws the matrix; without one the device's default generator does.
-        feedback_dtype: the matrix's floating-point type, to which it is rounded; e B_i is computed
-            in float32 or wider. If None, the matrix follows the model in type.
+        feedback_device: device of the matrix; by default the output's.
+        generator: draws the matrix; by default the device's default generator.
+        feedback_dtype: floating-point type of the matrix, to which it is rounded; e B_i is
+            computed in float32 or wider. By default the matrix follows the model's type.
 
     Attributes:
         layers: the feedback points, a tuple, in the order of `network.modules()`.
         training_method: as above.
-        feedback_matrix: a buffer, (output size, largest d_i), without normalization; empty until it
-            is drawn; saved in the `state_dict`, and loaded from one. May be set.
+        feedback_matrix: the shared matrix, before normalization: a buffer, empty until it is drawn,
+            saved in the `state_dict` and loaded from it. May be set.
 
-    Shapes: any `(*batch, *features)`, unchanged. All that is not batch counts as one vector.
+    Shapes: any `(*batch, *features)`, unchanged; all feature dimensions count as one vector.
 
-    Raises TypeError if `network` is no module, ValueError if it holds no `DFALayer` or an option is
-    unknown.
+    Raises TypeError if `network` is no module, ValueError if it has no `DFALayer` or an option has
+    an unknown value.
 
-    Other feedback rules are subclasses with `signals` of their own; examples/feedback_rules.py has
-    six.
+    A subclass with its own `signals` is another feedback rule; examples/feedback_rules.py has six.
     """
 
     layers: tuple[DFALayer, ...]
     feedback_matrix: Tensor
-    needs_matrix = True  # whether a rule needs the shared matrix
-    needs_values = False  # whether it needs the values of activations
+    needs_matrix = True  # False for a rule that does not use the shared matrix
+    needs_values = False  # True for a rule that uses the values of activations
     no_training = _OnlyInTinyDFA('set training_method = "shallow"')
     rp_device = _OnlyInTinyDFA("give feedback_device to DFA(...)")
 
@@ -222,22 +232,22 @@ class DFA(nn.Module):
         self.generator = generator
         self.feedback_dtype = feedback_dtype
         self.register_buffer("feedback_matrix", torch.empty(0, 0, device="cpu"))
-        self._sizes: dict[int, int] = {}  # features at each point, in its last pass
-        self._pass: Pass | None = None  # under way
-        self.layers = layers  # a tuple, so that they are not registered a second time here
+        self._sizes: dict[int, int] = {}  # d_i of each point, in its last pass
+        self._pass: Pass | None = None  # the open pass
+        self.layers = layers  # a tuple, so that the points are not registered a second time
         for old in {layer._dfa for layer in layers if layer._dfa is not None}:
             old._retire(network, self)
         for index, layer in enumerate(layers):
             layer.__dict__["_dfa"] = self
             layer._index = index
-        self._network = weakref.ref(network)  # weak, or its weights would await garbage collection
+        self._network = weakref.ref(network)  # weak: a cycle would delay the freeing of weights
         self._hooks = (
             network.register_forward_pre_hook(self._enter),
             network.register_forward_hook(self._leave, always_call=True),
         )
 
     def _retire(self, network: nn.Module, other: "DFA") -> None:
-        """Gives up the points, and a hook at the output, to another DFA."""
+        """Hands the feedback points, and the hook at the output, over to another DFA."""
         self.layers = ()
         for handle in self._hooks:
             handle.remove()
@@ -265,16 +275,18 @@ class DFA(nn.Module):
 
     @contextmanager
     def one_pass(self) -> Iterator[None]:
-        """Makes one pass of all that is called within: of an encoder and its head, say.
+        """Makes one pass of all calls in the block, of an encoder and its head for example.
 
             with model.dfa.one_pass():
-                output = model.classify(model.encode(x))
+                output = model.dfa(model.head(model.encode(x)))
 
-        Raises RuntimeError within a pass, and where points were called, but not the DFA.
+        Raises RuntimeError in an open pass, and for feedback points called without the DFA.
         """
         if self._current() is not None:
             self._pass = None
-            raise RuntimeError("one_pass was called in a pass: one call of the network is one")
+            raise RuntimeError(
+                "one_pass was called inside a pass: a call of the network is a pass already"
+            )
         self._begin(explicit=True)
         try:
             yield
@@ -291,7 +303,7 @@ class DFA(nn.Module):
 
     def _leave(self, network: nn.Module, args: tuple, output: Any) -> None:
         now = self._current()
-        failed = output is None  # hooks of a call that has raised get None
+        failed = output is None  # always_call: None after an exception
         if not self._feeds() or (now and now.explicit):
             return
         if now is not None:
@@ -300,7 +312,7 @@ class DFA(nn.Module):
             raise RuntimeError("a network that calls itself does so in `with dfa.one_pass():`")
 
     def _owner(self) -> nn.Module:
-        """Returns the network, or itself where that is gone."""
+        """Returns the network; `self` if the network no longer exists."""
         network = self._network()
         return self if network is None else network
 
@@ -310,7 +322,7 @@ class DFA(nn.Module):
     def _begin(self, explicit: bool) -> None:
         if self._pass is not None and self._pass.is_elsewhere():
             raise RuntimeError(
-                "a pass of this network is under way in another thread: give each thread a copy"
+                "a pass of this network is open in another thread: give each thread a copy"
             )
         if not torch.compiler.is_compiling():
             points = feedback_points(self._owner())
@@ -327,11 +339,11 @@ class DFA(nn.Module):
             now.refuse_unfed()
 
     def _current(self) -> Pass | None:
-        """The pass under way in this thread."""
+        """Returns the open pass of this thread."""
         return self._pass if self._pass is not None and self._pass.is_here() else None
 
     def _detach(self, index: int, hidden: Tensor) -> Tensor:
-        """Ends the graph at a feedback point, whose activation waits for the DFA's call."""
+        """Detaches an activation, and keeps it for the call of the DFA in the same pass."""
         if self.training_method == "bp":
             return hidden
         now = self._current()
@@ -339,7 +351,7 @@ class DFA(nn.Module):
             if now is not None:
                 now.without_grad = True
             return hidden
-        # In no pass where activation checkpointing computes again: e goes to its first graph.
+        # Recomputation by activation checkpointing is in no pass: the first graph gets e B_i.
         if self.training_method == "dfa" and now is not None:
             now.waiting[index].append(_Activation.apply(hidden, self.needs_values))
             now.detached.append(hidden.detach())
@@ -347,15 +359,16 @@ class DFA(nn.Module):
         return hidden.detach()
 
     def forward(self, output: Tensor) -> Tensor:
-        """Returns `output`, joined with the activations detached in this pass.
+        """Returns `output`, joined in the graph with the activations detached in this pass.
 
         Raises:
             TypeError: `output` is no tensor.
-            ValueError: its size is not the matrix's, its batch dimensions are not those of the
-                activations, or an activation lacks a dimension of `shared_dims`.
-            RuntimeError: there is no pass, or one that would leave something untrained: without a
-                call of a feedback point, with several of one that is not `recurrent`, with others
-                than before the `DFA`'s first call, or with reentrant checkpointing.
+            ValueError: the size of `output` does not fit the matrix, its batch dimensions differ
+                from an activation's, or an activation lacks a dimension of `shared_dims`.
+            RuntimeError: there is no open pass, or the pass would leave parameters untrained: no
+                feedback point was called, one without `recurrent=True` was called several times,
+                a second call of the `DFA` follows other points than its first, or a block is
+                checkpointed with `use_reentrant=True`.
         """
         if not isinstance(output, Tensor):
             raise TypeError(f"DFA takes the output as one tensor, not a {type(output).__name__}")
@@ -379,7 +392,7 @@ class DFA(nn.Module):
                     f"{self.batch_dims} dimension(s) with the output, {tuple(output.shape)}: "
                     "see batch_dims"
                 )
-        own = [] if type(self) is DFA else [*self.parameters()]  # a learned rule's
+        own = [] if type(self) is DFA else [*self.parameters()]  # parameters of a learned rule
         if now.without_grad or not all(tensor.requires_grad for tensor in (output, *hidden)):
             refuse_untrained(self._owner(), output, *hidden, *own)
         if len(self._sizes) < len(self.layers) and not torch.compiler.is_compiling():
@@ -390,53 +403,55 @@ class DFA(nn.Module):
         return _Feedback.apply(self, matrix, points, sizes, output, *hidden, *own)
 
     def _refuse_point_at_output(self, output: Tensor, now: Pass) -> None:
-        """Raises RuntimeError where the output layer would get e B in the place of e."""
+        """Raises RuntimeError if the output layer would get e B_i in place of e."""
         is_detached = any(output is detached for detached in now.detached)
-        if not is_detached and not output.requires_grad:  # no weights behind the last point
+        if not is_detached and not output.requires_grad:  # no weights after the last point
             named = any(layer.name is not None for layer in self.layers)
             is_detached = named and all(p.requires_grad for p in self._owner().parameters())
         if is_detached:
             raise RuntimeError(
-                "a feedback point stands behind the output layer, which would get no true "
-                "gradient: leave that point out"
+                "a feedback point comes after the output layer, which would get no true gradient: "
+                "remove that point"
             )
 
     def _refuse_uncalled(self, points: list[int]) -> None:
-        """Raises RuntimeError for a point behind a named submodule that was never called."""
+        """Raises RuntimeError if a submodule named in `points` was not called in any pass."""
         for i, layer in enumerate(self.layers):
             if layer.name is not None and i not in self._sizes and i not in points:
                 raise RuntimeError(
-                    f"{layer.name}, behind which a feedback point stands, was not called before "
-                    "the DFA (another module may read its weights): name one that is, or if it is "
-                    "called in some passes only, give dfa_from_bp an example that calls it, or "
-                    "make one such pass first"
+                    f"{layer.name} has a feedback point, but was not called before the DFA "
+                    "(another module may read its weights): name another submodule; if some passes "
+                    "do call it, give dfa_from_bp an example that does, or make such a pass first"
                 )
 
     def feedback(self, i: int) -> Tensor:
-        """B_i as the i-th feedback point gets it, (output size, d_i), normalization included.
+        """Returns B_i, (output size, d_i), as feedback point i gets it, with normalization.
 
-        Where `shared_dims` share it between R positions, each gets it over sqrt(R).
+        With `shared_dims`, each of R positions gets e B_i / sqrt(R).
 
-        Raises RuntimeError if the point has not been fed yet, IndexError if there is none.
+        Raises RuntimeError before the point's first pass, IndexError if there is no such point.
         """
         i = range(len(self.layers))[i]
         if i not in self._sizes:
-            raise RuntimeError(f"feedback point {i} has not been fed yet: its size is unknown")
+            raise RuntimeError(
+                f"the size of feedback point {i} is unknown before its first pass: call the "
+                "network once"
+            )
         size = self._sizes[i]
         return self.feedback_matrix[:, :size] * self._scale(size, self.feedback_matrix)
 
     def signals(
         self, error: Tensor, activations: Sequence[Activation], matrix: Tensor | None
     ) -> Sequence[Tensor]:
-        """Computes the signal of each activation, e B_i: the method that another rule overrides.
+        """Computes the signal e B_i of each activation; another feedback rule overrides it.
 
-            class SignOfError(DFA):
-                def signals(self, error, activations, matrix):
-                    return super().signals(error.sign(), activations, matrix)
+            >>> class SignOfError(DFA):
+            ...     def signals(self, error, activations, matrix):
+            ...         return super().signals(error.sign(), activations, matrix)
 
-        It must have no effect but its result: `measure_alignment` calls it, too. A class with
-        matrices of its own registers them, and says `needs_matrix = False`. A class that uses the
-        activations' values says `needs_values = True`.
+        An override has no side effects, because `measure_alignment` calls it too. A class with its
+        own matrices registers them, and sets `needs_matrix = False`. A class that uses the values
+        of the activations sets `needs_values = True`.
 
         Args:
             error: e = dL/dy, (rows, output size), a row for each index of the batch dimensions; in
@@ -445,7 +460,7 @@ class DFA(nn.Module):
             matrix: the feedback matrix of the forward pass, (output size, largest d_i).
 
         Returns: a signal for each activation, (rows, d_i), of any floating-point type, on e's
-        device. Positions of `shared_dims` share it.
+        device. All positions of `shared_dims` get the same signal.
         """
         assert matrix is not None
         sizes = [activation.size for activation in activations]
@@ -457,23 +472,23 @@ class DFA(nn.Module):
     def rule_gradients(
         self, error: Tensor, activations: Sequence[Activation]
     ) -> Sequence[Tensor | None]:
-        """Computes the gradients of a learned rule's own parameters, for a rule that has some.
+        """Computes the gradients of a rule's own parameters; a learned rule overrides it.
 
         Args:
             error, activations: as for `signals`.
 
-        Returns: a gradient for each of `self.parameters()`. Autograd adds them to `.grad`, so any
-        optimizer and any engine for several processes treats them as those of weights.
+        Returns: a gradient for each of `self.parameters()`. Autograd adds it to `.grad`, so
+        optimizers, DDP and FSDP2 treat these parameters as they treat weights.
         """
         raise NotImplementedError(f"{type(self).__name__} has parameters, but no rule_gradients")
 
     def _size(self, point: int, shape: torch.Size) -> int:
-        """Returns the number of features of an activation: d_i."""
+        """Returns d_i, the number of features of an activation."""
         batch, shared = self.batch_dims, self.layers[point].shared_dims
         if any(not batch <= dim < len(shape) for dim in shared):
             raise ValueError(
-                f"shared_dims {shared} of feedback point {point} are no dimensions, behind the "
-                f"batch's {batch}, of its activation of shape {tuple(shape)}"
+                f"shared_dims {shared} of feedback point {point} are no feature dimensions of its "
+                f"activation of shape {tuple(shape)}, which follow the first {batch}"
             )
         return math.prod([shape[dim] for dim in range(batch, len(shape)) if dim not in shared])
 
@@ -482,7 +497,7 @@ class DFA(nn.Module):
         return Activation(point, hidden.shape, self._size(point, hidden.shape), value)
 
     def _rows(self, error: Tensor) -> Tensor:
-        """Reshapes the error at the output, and scales it as `reduction` says, for `signals`."""
+        """Returns the error as (rows, output size), scaled by `reduction`, for `signals`."""
         batch, features = error.shape[: self.batch_dims], error.shape[self.batch_dims :]
         rows = error.reshape(batch.numel(), features.numel())
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
@@ -513,7 +528,7 @@ class DFA(nn.Module):
         return 1 / math.sqrt(size * matrix.shape[0]) if self.normalization else 1.0
 
     def _matrix_for(self, output: Tensor, sizes: list[int]) -> Tensor | None:
-        """Returns the feedback matrix, drawn if there is none; refuses one that does not fit."""
+        """Returns the feedback matrix; draws it in the first pass, refuses one of another size."""
         if not self.needs_matrix:
             return None
         features, columns = output.shape[self.batch_dims :].numel(), max([0, *sizes])
@@ -525,19 +540,19 @@ class DFA(nn.Module):
         if features != len(matrix):
             raise ValueError(
                 f"DFA got an output of size {features}, but its feedback matrix was made for "
-                f"{len(matrix)}"
+                f"{len(matrix)}: give the network a new DFA"
             )
         if columns > matrix.shape[1]:
             raise ValueError(
                 f"a feedback point has {columns} features, but the feedback matrix was made for at "
-                f"most {matrix.shape[1]}"
+                f"most {matrix.shape[1]}: begin with the largest input, or give a new DFA"
             )
-        # Of an export or on a meta device it holds no values to be kept.
+        # A matrix drawn in an export or on the meta device has no values to keep.
         if matrix is not self.feedback_matrix and type(matrix) is Tensor and not matrix.is_meta:
             if torch.compiler.is_compiling():
                 self.feedback_matrix = matrix
             else:
-                self.feedback_matrix.data = matrix  # in place, for all who hold the buffer
+                self.feedback_matrix.data = matrix  # in place, for other references to the buffer
         return matrix
 
     def _draw(self, rows: int, columns: int, output: Tensor) -> Tensor:
@@ -553,7 +568,7 @@ class DFA(nn.Module):
         return matrix
 
     def __getstate__(self) -> dict:
-        """The state of a copy or a pickle: without the pass under way, its network not weak."""
+        """Returns the state to copy or pickle: no open pass, and no weak reference."""
         return {**self.__dict__, "_pass": None, "_network": self._network()}
 
     def __setstate__(self, state: dict) -> None:
@@ -562,27 +577,27 @@ class DFA(nn.Module):
         self._network = weakref.ref(self if network is None else network)
 
     def _apply(self, fn, recurse=True):
-        """Follows the model, but for what `feedback_device` and `feedback_dtype` fix."""
+        """Moves the matrix with the model, within `feedback_device` and `feedback_dtype`."""
         if self.feedback_device is None and self.feedback_dtype is None:
             super()._apply(fn, recurse)
         else:
-            # Not even for a moment on another device, or in a narrower type.
+            # A detour over another device or a narrower type could run out of memory, or round.
             follower = fn(self.feedback_matrix[:0])
             self.feedback_matrix = self.feedback_matrix.to(
                 self.feedback_device or follower.device, self.feedback_dtype or follower.dtype
             )
         matrix = self.feedback_matrix
-        if matrix.is_meta:  # holds no values: the next pass draws them
+        if matrix.is_meta:  # without values: the next pass draws the matrix
             self.feedback_matrix = torch.empty(0, 0, device="cpu")
         elif self.needs_matrix and not matrix.numel() and matrix.is_cpu and matrix.is_shared():
             raise RuntimeError(
-                "share_memory() before there is a feedback matrix, of which each process would "
-                "draw its own: call the network once before, or dfa_from_bp(..., example=x)"
+                "share_memory() before the feedback matrix is drawn would give each process its "
+                "own: call the network once first, or dfa_from_bp(..., example=x)"
             )
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
-        """Loads a matrix of any size if there is none yet; a BP `state_dict` needs none."""
+        """Loads a matrix of any size into an empty one; a BP `state_dict` may lack it."""
         name = prefix + "feedback_matrix"
         loaded = state_dict.get(name)
         if loaded is None or loaded.numel() == 0 or loaded.is_meta:
@@ -592,13 +607,13 @@ class DFA(nn.Module):
                 loaded, device=self.feedback_device, dtype=self.feedback_dtype
             )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        # With assign=True, it has come as it was in the checkpoint.
+        # With assign=True, the matrix has the checkpoint's device and type.
         self.feedback_matrix = self.feedback_matrix.to(self.feedback_device, self.feedback_dtype)
 
 
 @contextmanager
 def evaluation(model: nn.Module, dfa: DFA, method: str) -> Iterator[None]:
-    """Sets eval mode and a training method, and restores both: the modes by `train(mode)`."""
+    """Sets eval mode and a training method in the block; restores the modes by `train(mode)`."""
     before, modes = dfa.training_method, [(m, m.training) for m in model.modules()]
     try:
         dfa.training_method = method
@@ -606,13 +621,13 @@ def evaluation(model: nn.Module, dfa: DFA, method: str) -> Iterator[None]:
         yield
     finally:
         dfa.training_method = before
-        for module, mode in modes:  # parents first: `train` takes the children along
+        for module, mode in modes:  # parents first: `train` changes the children too
             if module.training != mode:
                 module.train(mode)
 
 
 class _Activation(torch.autograd.Function):
-    """Identity: the activation as it was at its point, whatever changes it in place later."""
+    """Identity that keeps an activation's value from later changes in place."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, needs_value: bool) -> Tensor:
@@ -621,14 +636,15 @@ class _Activation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, signal: Tensor):
-        # A leaf keeps the tensor itself as its `.grad`: two leaves must not share memory.
+        # A leaf keeps the tensor itself as its `.grad`, and two leaves must not share memory.
         return signal.clone() if ctx.leaf else signal, None
 
 
 class _Feedback(torch.autograd.Function):
     """(output, h_1, ..., h_n) -> output; backward: e -> (e, e B_1, ..., e B_n).
 
-    Behind h_1 to h_n come the parameters of a learned rule, whose gradients it computes itself.
+    The inputs after h_n are the parameters of a learned rule; `rule_gradients` computes their
+    gradients.
     """
 
     @staticmethod
@@ -642,13 +658,13 @@ class _Feedback(torch.autograd.Function):
         *inputs: Tensor,
     ) -> Tensor:
         hidden = inputs[: len(points)]
-        # Not saved for backward: DistributedDataParallel writes the same values into all buffers.
+        # Not saved for backward: DDP writes buffers in place, though with the same values.
         ctx.dfa, ctx.matrix, ctx.parameters = dfa, matrix, len(inputs) - len(hidden)
         shapes = [h.shape for h in hidden]
         ctx.activations = [Activation(*each, None) for each in zip(points, shapes, sizes)]
         ctx.places = [(h.device, _memory_format(h)) for h in hidden]
         ctx.save_for_backward(*(hidden if dfa.needs_values else ()))
-        return output.detach()  # shares memory, but is no view: those cannot be changed in place
+        return output.detach()  # no view of it: a view could not be changed in place
 
     @staticmethod
     def backward(ctx, error: Tensor):
@@ -657,7 +673,7 @@ class _Feedback(torch.autograd.Function):
             values = ctx.saved_tensors
             activations = [each._replace(value=value) for each, value in zip(activations, values)]
         signals = dfa._shaped_signals(rows, activations, ctx.matrix)
-        # Laid out as the activations, or the blocks' own backward passes would be slow.
+        # In the activations' memory format: in another, the blocks' backward passes are slow.
         placed = (
             signal.to(device).contiguous(memory_format=memory_format)
             for signal, (device, memory_format) in zip(signals, ctx.places)
@@ -667,11 +683,11 @@ class _Feedback(torch.autograd.Function):
 
 
 def _product(rows: Tensor, matrix: Tensor) -> Tensor:
-    """rows @ matrix, on the matrix's device, in the wider type of both, float32 at least."""
+    """Computes rows @ matrix on the matrix's device, in the wider type of both, or float32."""
     dtype = torch.promote_types(torch.promote_types(rows.dtype, matrix.dtype), torch.float32)
     rows = rows.to(matrix.device, dtype)
     kind = matrix.device.type
-    # A backward pass may be under autocast, which of all devices meta alone does not have.
+    # The backward pass may run under autocast, which the meta device does not support.
     exact = kind == "meta" or not torch.is_autocast_enabled(kind)
     with nullcontext() if exact else torch.autocast(kind, enabled=False):
         if matrix.dtype == dtype:

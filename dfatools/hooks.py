@@ -1,4 +1,4 @@
-"""Forward hooks that put a feedback point, or the DFA, behind a module of any network."""
+"""Forward hooks that insert a feedback point, or the DFA, after a module of any network."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass, replace
@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 
 class Hook:
-    """Forward hook that sends the first tensor of a module's output through another module.
+    """Forward hook that passes the first tensor of a module's output through another module.
 
     Args:
-        place: the feedback point, or the `DFA`; another `DFA` that takes over replaces it.
+        place: the feedback point, or the `DFA`; a new `DFA` of the network replaces it.
     """
 
     def __init__(self, place: nn.Module) -> None:
@@ -21,19 +21,19 @@ class Hook:
         sent = _with_first_tensor(output, self.place)
         if sent is None:
             raise TypeError(
-                f"a {type(module).__name__} returns no tensor for a feedback point or the DFA, but "
-                f"a {type(output).__name__}"
+                f"a {type(module).__name__} returns a {type(output).__name__} without a tensor for "
+                "its feedback point or the DFA: name another submodule"
             )
         return sent
 
 
 def hooks_of(module: nn.Module) -> list[Hook]:
-    """Returns the hooks of this kind behind a module."""
+    """Returns the `Hook`s of a module."""
     return [hook for hook in module._forward_hooks.values() if isinstance(hook, Hook)]
 
 
 def _with_first_tensor(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Returns `output` with its first floating-point tensor changed; None if it holds none."""
+    """Returns `output` with its first floating-point tensor changed; None if there is none."""
     if output is None:  # PyTorch 2.11 cannot compile is_dataclass(None)
         return None
     if isinstance(output, Tensor):

@@ -1,4 +1,4 @@
-"""Pre-alignment initialisation: weights through which BP starts out aligned with the feedback."""
+"""Pre-alignment: weights whose BP gradients start aligned with the feedback."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,15 +13,23 @@ from dfatools.conversion import has_weights
 
 @torch.no_grad()
 def prealign(model: nn.Module, x: Any, y: Any, loss: Callable[[Any, Any], Tensor]) -> None:
-    """Sets the weights of the Linear layers in place, from the last to the first but one.
+    """Sets the weights of Linear layers so that BP through them agrees with the feedback.
 
-    With DFA's signal S at a layer's input, (N, in), and the BP gradient G at its output, (N, out),
-    both on the given batch, W^T = S^T pinv(G^T), divided by its Frobenius norm. Then G W, the
-    BP gradient at the layer's input, is the least-squares approximation to the direction of S. Each
-    layer is set before the next is measured. S is the signal of the feedback point right before the
-    layer, or where none stands there, the signal that arrives there from behind. Tokens count as
-    samples. The first module with weights, layers other than Linear, layers that nothing is learned
-    in front of, and those where S or G is zero keep their weights; biases are kept.
+        >>> bp = nn.Sequential(nn.Linear(20, 64), nn.Tanh(), nn.Linear(64, 10))
+        >>> model, (x, y) = dfa_from_bp(bp), (torch.randn(128, 20), torch.randint(10, (128,)))
+        >>> prealign(model, x, y, F.cross_entropy)
+        >>> round(measure_alignment(model, x, y, F.cross_entropy)["1"].mean().item(), 3)
+        1.0
+
+    Works in place, from the last layer to the second. With DFA's signal S at a layer's input,
+    (N, in), and the BP gradient G at its output, (N, out), on the given batch, it sets
+    W^T = S^T pinv(G^T), divided by its Frobenius norm. Then G W, the BP gradient at the layer's
+    input, is the least-squares approximation to the direction of S. Each layer is set before the
+    next one is measured. Without a feedback point directly before the layer, S is the signal that
+    reaches its input in the DFA network. Tokens count as samples.
+
+    Biases, the first module with weights and layers other than Linear are unchanged, and so are
+    layers without a trained parameter before them, and layers where S or G is zero.
 
     Args:
         model, x, y, loss: as for `measure_alignment`.
@@ -37,15 +45,15 @@ def prealign(model: nn.Module, x: Any, y: Any, loss: Callable[[Any, Any], Tensor
     linears = [(name, layer) for name, layer in behind if isinstance(layer, nn.Linear)]
     for name, layer in linears:
         if parametrize.is_parametrized(layer, "weight"):
-            raise ValueError(f"pre-alignment sets weights; {name} computes its own from others")
+            raise ValueError(f"prealign cannot set the weight of {name}: make it a plain parameter")
     for name, layer in reversed(linears):
         calls = probe(model, x, y, loss)[1][name]
         if len(calls) > 1:
-            raise ValueError(f"pre-alignment needs each Linear to be used once; {name} is not")
+            raise ValueError(f"prealign needs one call of {name} in a pass, not {len(calls)}")
         signal, gradient = calls[0].dfa_input, calls[0].bp
-        if signal is None:  # nothing is learned before it
+        if signal is None:  # no trained parameter comes before the layer
             continue
-        dtype = torch.promote_types(gradient.dtype, torch.float32)  # no narrower one has a pinv
+        dtype = torch.promote_types(gradient.dtype, torch.float32)  # pinv needs float32
         gradient, signal = (tensor.flatten(0, -2) for tensor in (gradient, signal))
         noise = max(gradient.shape) * torch.finfo(gradient.dtype).eps
         weight = torch.linalg.pinv(gradient.to(dtype), rtol=noise) @ signal.to(dtype)

@@ -112,19 +112,21 @@ def test_options_reach_the_dfa():
 )
 def test_a_network_that_ends_in_probabilities_is_refused(last, behind, is_nested):
     end = [nn.Sequential(last, *behind)] if is_nested else [last, *behind]
-    with pytest.raises(ValueError, match=f"ends in {type(last).__name__}: DFA needs the error at"):
+    with pytest.raises(
+        ValueError, match=f"ends in {type(last).__name__}, but DFA needs the error at"
+    ):
         dfa_from_bp(nn.Sequential(*FC, *end))
 
 
 @pytest.mark.parametrize("model, error, message", [
-    (linear(), TypeError, "needs points for Linear, which is no plain nn.Sequential"),
-    (Residual(linear(), linear()), TypeError, "needs points for Residual"),
+    (linear(), TypeError, "needs points for a Linear, which is no plain Sequential"),
+    (Residual(linear(), linear()), TypeError, "needs points for a Residual"),
     (nn.Sequential(nn.Flatten(), linear()), ValueError, "fewer than two modules with weights"),
     (nn.Sequential(*(2 * [linear(), nn.Softmax(1)])), ValueError, "ends in Softmax"),
     (dfa_from_bp(FC), ValueError, "has feedback points already"),
     (nn.Sequential(OrderedDict(dfa=linear(), last=linear())), ValueError, "attribute dfa"),
     (nn.Sequential(OrderedDict(feedback_last=linear(), last=linear())), ValueError,
-     "called feedback_last"),
+     "feedback_last is the name"),
 ])  # fmt: skip
 def test_refusals(model, error, message):
     with pytest.raises(error, match=message):

@@ -50,7 +50,7 @@ def test_the_feedback_is_unknown_before_the_first_pass():
     model, used = fc(), fc()
     used(batch()[0])
     model.load_state_dict(used.state_dict())  # the matrix is there, the points' sizes are not
-    with pytest.raises(RuntimeError, match="point 1 has not been fed yet"):
+    with pytest.raises(RuntimeError, match="size of feedback point 1 is unknown"):
         model.dfa.feedback(1)
 
 

@@ -259,7 +259,7 @@ def test_reentrant_checkpointing_of_a_part_is_right_or_refused(first, last, aski
     if asking and (first, last) == (0, 2):
         assert_gradients(run, model, x)
     else:
-        with pytest.raises(RuntimeError, match="no gradient would get to .*reentrant=False"):
+        with pytest.raises(RuntimeError, match="no gradient would reach .*reentrant=False"):
             run(x)
 
 

@@ -321,12 +321,12 @@ class Attribute(Net):
     (Net(), ("first",), TypeError, "a list of names, not the string 'first'"),
     (Net(), ([0],), TypeError, "names of submodules, not a int"),
     (Net(), ([],), ValueError, "points is empty"),
-    (Alias(), (["first", "alias"],), ValueError, "alias is another name of a module that has its"),
+    (Alias(), (["first", "alias"],), ValueError, "alias is a second name of one submodule"),
     (Net(), ({"first": (1,)},), TypeError, "must be a DFALayer with options, not a tuple"),
     (Named(), (["dfa"],), ValueError, "an attribute dfa"),
     (Attribute(), (["first"],), ValueError, "an attribute dfa"),
-    (Residual(nn.Linear(7, 7)), (["0"],), TypeError, "a Sequential runs all modules"),
-    (nn.Sequential(nn.Linear(7, 7)), (["0"], X, "0"), TypeError, "a Sequential runs all modules"),
+    (Residual(nn.Linear(7, 7)), (["0"],), TypeError, "a Sequential would run the"),
+    (nn.Sequential(nn.Linear(7, 7)), (["0"], X, "0"), TypeError, "a Sequential would run the"),
     (nn.Sequential(nn.Linear(7, 7), nn.Softmax(1)), (["0"],), ValueError, "ends in Softmax"),
     (nn.ModuleDict({"a": nn.Sigmoid()}), (["a"], X, "a"), ValueError, "ends in Sigmoid"),
     (net()[0], (POINTS,), ValueError, "has feedback points already"),
@@ -343,7 +343,7 @@ def test_refusals(model, arguments, error, message):
 @pytest.mark.filterwarnings("ignore:module forward hook with ``always_call=True`` raised")
 def test_an_output_without_a_tensor(points, kind):
     model = dfa_from_bp(Net(lambda h: 3, lambda h: torch.ones(8, 9), lambda _, z: "text"), points)
-    with pytest.raises(TypeError, match=f"a {kind} returns no tensor .* but a (int|str)"):
+    with pytest.raises(TypeError, match=f"a {kind} returns a (int|str) without a tensor"):
         model(X.float())
 
 
@@ -365,7 +365,7 @@ class Reading(Plain):
 
 def test_a_point_that_the_first_pass_does_not_come_by_is_refused():
     model = dfa_from_bp(Reading().double(), [*POINTS, "read"])
-    with pytest.raises(RuntimeError, match="read, behind which .* was not called before the DFA"):
+    with pytest.raises(RuntimeError, match="read has a feedback point, but was not called"):
         model(X)
     assert model.dfa.feedback_matrix.numel() == 0
 
@@ -394,14 +394,14 @@ def test_a_point_that_is_called_behind_the_output_only_is_refused():
             output = self.head(F.pad(self.first(x), (0, 3)))
             return output, self.body["second"](x[:, :6])
 
-    with pytest.raises(RuntimeError, match="body.second, behind which .* was not called before"):
+    with pytest.raises(RuntimeError, match="body.second has a feedback point, but was not"):
         dfa_from_bp(Behind().double(), POINTS, output="head")(X)
 
 
 @pytest.mark.parametrize("output", [None, "head"])
 def test_a_point_behind_the_output_layer_is_refused(output):
     model = dfa_from_bp(Plain().double(), [*POINTS, "head"], output=output)
-    with pytest.raises(RuntimeError, match="behind the output layer, .*leave that point out"):
+    with pytest.raises(RuntimeError, match="after the output layer, .*remove that point"):
         model(X)
 
 
@@ -421,7 +421,7 @@ class Finished(Plain):
 @pytest.mark.parametrize("points", [["first", "head"], ["first", "head", "other"]])
 @pytest.mark.parametrize("finish", [nn.Identity(), nn.LogSoftmax(1)])
 def test_a_point_that_is_not_the_last_or_not_right_behind_is_refused_as_well(points, finish):
-    with pytest.raises(RuntimeError, match="a feedback point stands behind the output layer"):
+    with pytest.raises(RuntimeError, match="a feedback point comes after the output layer"):
         dfa_from_bp(Finished(finish).double(), points)(X)
 
 

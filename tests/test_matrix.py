@@ -199,7 +199,7 @@ def test_a_moving_average_made_before_the_matrix_is_refused():
 
 
 def test_shared_memory_before_the_matrix_is_refused():
-    with pytest.raises(RuntimeError, match="share_memory.. before there is a feedback matrix"):
+    with pytest.raises(RuntimeError, match="share_memory.. before the feedback matrix is drawn"):
         network().share_memory()
     assert network(example=X).share_memory().dfa.feedback_matrix.is_shared()
 
