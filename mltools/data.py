@@ -8,17 +8,17 @@
     for x, y in Loader(data.test, 1000, "cuda"):
         ...
 
-`<data_dir>/<name>.npz`, the name in lower case without dashes (`cifar10.npz`), is the data set,
-wherever it came from: arrays `x_train`, `y_train`, `x_test`, `y_test`, images uint8 [N, H, W, C],
-or [N, H, W] for grey, labels of any integer type, [N] or [N, 1]. Where it is absent, torchvision
-fetches and verifies the original, and the file is written for the next time.
+Each data set but ImageNet is one file, `<data_dir>/<name>.npz`, its name in lower case without
+dashes (`cifar10.npz`), with the arrays `x_train`, `y_train`, `x_test`, `y_test`. Images are uint8
+[N, H, W, C], or [N, H, W] for grey; labels have any integer type, [N] or [N, 1]. If the file is
+missing, torchvision fetches and verifies the original, and the file is written for later runs.
 
 `Digits` comes with the code (`digits.npz` beside this file) and needs neither network nor
 `data_dir`. It is the "Optical Recognition of Handwritten Digits" data set of E. Alpaydin and
 C. Kaynak (UCI Machine Learning Repository, CC BY 4.0), in the version that scikit-learn ships:
 1,797 images of 8x8 pixels. Changed here: grey levels 0..16 are scaled to 0..255, and a seeded
-permutation stratified by class makes 1,500 training and 297 test images of them. `load_dataset`
-enlarges them to 32x32.
+permutation, stratified by class, splits the images into 1,500 for training and 297 for test.
+`load_dataset` enlarges them to 32x32.
 """
 
 import os
@@ -46,17 +46,17 @@ ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 
 @dataclass(frozen=True)
 class Info:
-    """Describes a data set before it is read."""
+    """Metadata of a data set, known before it is loaded."""
 
     mean: tuple[float, ...]
-    """Per channel, of pixels in 0..1; `std` likewise."""
+    """Per-channel mean of pixels scaled to 0..1; `std` is the standard deviation."""
     std: tuple[float, ...]
     classes: int
     source: str
-    """`"embedded"`, `"folder"` (image files, read once), `"stream"` (image files, read while
-    training), or the torchvision class that fetches it."""
+    """`"embedded"`, `"folder"` (image files, converted once), `"stream"` (image files, read during
+    training), or the name of the torchvision class that fetches the data set."""
     size: int = 0
-    """Side in pixels of the square that images of varying size are scaled and cropped to."""
+    """Side in pixels of the square to which images of varying size are scaled and cropped."""
 
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -73,7 +73,7 @@ DATASETS = {
     "ImageNet": Info(*_IMAGENET, 1000, "stream", 224),
 }
 
-# torchvision verifies the archive, but not that all of it was extracted.
+# Images per split: torchvision verifies the archive, but not that all of it was extracted.
 IMAGENETTE_LENGTHS = [9469, 3925]
 
 
@@ -82,9 +82,9 @@ class Split:
     """The training or the test split of a data set."""
 
     dataset: Any
-    """Yields (uint8 image [C, H, W], label). A `TensorDataset` can be kept on a device."""
+    """Yields (image, label), the image uint8 [C, H, W]. Only a `TensorDataset` can be resident."""
     mean: tuple[float, ...]
-    """Per channel, of pixels in 0..1; `std` likewise."""
+    """Per-channel mean of pixels scaled to 0..1; `std` is the standard deviation."""
     std: tuple[float, ...]
     _resident: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
@@ -92,17 +92,17 @@ class Split:
         return len(self.dataset)
 
     def normalizer(self, device: torch.device) -> Callable[[Tensor], Tensor]:
-        """Returns a function from uint8 [N, C, H, W] to normalised float32 on `device`."""
+        """Returns a function that normalises uint8 images [N, C, H, W] to float32 on `device`."""
         mean, std = torch.tensor([self.mean, self.std], device=device).view(2, -1, 1, 1)
         return lambda x: x.to(device, non_blocking=True).float().div_(255).sub_(mean).div_(std)
 
     def resident(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
-        """Returns the whole split on `device`: normalised float32 [N, C, H, W] and int64 [N].
+        """Returns the normalised images, float32 [N, C, H, W], and labels, int64 [N], on `device`.
 
-        All calls return the same tensors: do not write to them. Returns None where the images lie
-        in files, or would not fit.
+        All calls return the same tensors: do not write to them. Returns None if the images are read
+        from files, or do not fit on the device.
         """
-        device = torch.empty(0, device=device).device  # "cuda" is cuda:0, or whichever is current
+        device = torch.empty(0, device=device).device  # "cuda" gets its index: one key per device
         if device not in self._resident and isinstance(self.dataset, TensorDataset):
             x, y = self.dataset.tensors
             if fits(4 * x.numel(), device):
@@ -112,7 +112,7 @@ class Split:
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set; `input_shape` is (C, H, W), `crc32` that of its arrays, if it has an npz file."""
+    """A data set; `input_shape` is (C, H, W)."""
 
     name: str
     classes: int
@@ -120,14 +120,14 @@ class DataSet:
     train: Split
     test: Split
     crc32: str | None = None
+    """The checksum of the arrays in the npz file; None for image files read during training."""
 
 
 class Loader:
-    """The samples of a split in order, in batches on one device; the last may be smaller.
+    """Batches of a split in its own order, on one device; the last batch may be smaller.
 
-    Iterating gives float32 [N, C, H, W] and int64 [N]. The split is kept whole on the device where
-    it fits (batches are views of it: do not write to them), and streamed through worker processes
-    where not. Both give the same batches.
+    Iterating yields images, float32 [N, C, H, W], and labels, int64 [N]. If the split fits on the
+    device, batches are views of it: do not write to them. Otherwise worker processes stream them.
     """
 
     def __init__(self, split: Split, batch_size: int, device: torch.device | str) -> None:
@@ -143,16 +143,15 @@ class Loader:
 
 
 class TrainingLoader:
-    """Shuffled full batches of a split on one device; an incomplete last one is left out.
+    """Shuffled full batches of a split on one device; an incomplete last batch is dropped.
 
-    Like `Loader`, it streams a split that does not fit on the device. The order depends on `seed`
-    (0 or more) and the epoch alone, so that a resumed run gets the same batches, on any device.
-    The global random state is neither read nor changed. Raises UserError if `batch_size` is below
-    1, or larger than the split.
+    Like `Loader`, it streams a split that does not fit on the device. The order depends only on
+    `seed` (0 or more) and the epoch, so a resumed run gets the same batches, on any device. The
+    global random state is not used. Raises UserError if `batch_size` is not in 1..len(split).
 
     Attributes:
         resident: whether the split is kept on the device.
-        position: number of batches taken of the epoch.
+        position: number of batches already returned in this epoch.
     """
 
     def __init__(self, split: Split, batch_size: int, device: torch.device | str, seed: int = 0):
@@ -177,9 +176,9 @@ class TrainingLoader:
         return len(self) - self.position
 
     def begin(self, epoch: int, position: int = 0) -> None:
-        """Draws the order of an epoch (0 or more), to be taken from batch `position` on."""
+        """Shuffles the samples for an epoch (0 or more), and starts at batch `position`."""
         self.position = position
-        # SeedSequence mixes its numbers: (0, 1) and (1, 0) have nothing in common. The order is
+        # SeedSequence hashes its numbers, so (0, 1) and (1, 0) give unrelated orders. The order is
         # drawn on the CPU, so it is the same for all devices.
         seed = int(np.random.SeedSequence((self.seed, epoch)).generate_state(1)[0])
         order = torch.randperm(len(self.split), generator=torch.Generator().manual_seed(seed))
@@ -189,15 +188,15 @@ class TrainingLoader:
         self._order = order.to(self.device)
 
     def take(self) -> tuple[Tensor, Tensor]:
-        """Returns the next batch. Raises ValueError if none is left."""
+        """Returns the next batch. Raises ValueError if no batch is left in the epoch."""
         index = self.take_order(1)
         return self.at(index) if self.resident else next(self._streamed)
 
     def take_order(self, count: int) -> Tensor:
-        """Returns the indices of the next `count` batches, int64 [count * batch_size], for `at`.
+        """Returns the sample indices of the next `count` batches, int64 [count * batch_size].
 
-        For a CUDA graph of `at`, whose index tensor the caller fills; only where the split is
-        resident. Raises ValueError if fewer batches are left.
+        A caller with a CUDA graph of `at` copies them into the graph's index tensor; this requires
+        a resident split. Raises ValueError if fewer batches are left.
         """
         if count > self.left:
             raise ValueError(f"{count} batches asked for, {self.left} left in the epoch")
@@ -205,28 +204,28 @@ class TrainingLoader:
         return self._order[start * self.batch_size : self.position * self.batch_size]
 
     def at(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the samples at `index`, int64 [N] on the device; only where resident."""
+        """Returns the samples at `index`, int64 [N] on the device. Requires a resident split."""
         assert self._samples is not None
         x, y = self._samples
         return x[index], y[index]
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields all batches of an epoch."""
+        """Yields all batches of an epoch (0 or more)."""
         self.begin(epoch)
         while self.left:
             yield self.take()
 
 
 def load_dataset(name: str, data_dir: str | os.PathLike) -> DataSet:
-    """Reads a data set. Fetches it where it is absent, while other processes that need it wait.
+    """Loads a data set. A missing one is fetched once, while other processes wait for it.
 
-    ImageWoof (unless its npz is there) and ImageNet must lie in `data_dir` as image folders,
-    `imagewoof/{train,val}/<class>/*` and `imagenet/{train,val}/<class>/*`. ImageNet is read image
-    by image while training. Images of these two and of ImageNette are scaled and cropped around the
-    centre, to `Info.size`.
+    ImageWoof and ImageNet are not fetched: their image files must be in `data_dir`, as
+    `imagewoof/{train,val}/<class>/*` and `imagenet/{train,val}/<class>/*`. ImageWoof is converted
+    to an npz file once; ImageNet is read image by image during training. Images of these two and of
+    ImageNette are scaled and cropped around the centre to `Info.size`.
 
-    Raises UserError for a name that is not a key of `DATASETS`, a file or folder with wrong
-    contents, a download that failed, or a folder that cannot be written.
+    Raises UserError for a name missing from `DATASETS`, a file or folder with wrong contents, a
+    failed download, or a folder that cannot be written.
     """
     if name not in DATASETS:
         raise UserError(f"unknown data set {name!r}; choose one of {', '.join(DATASETS)}")
@@ -239,7 +238,7 @@ def load_dataset(name: str, data_dir: str | os.PathLike) -> DataSet:
     path = folder.with_suffix(".npz")
     if info.source == "embedded":
         path = Path(__file__).with_name("digits.npz")
-    elif not os.path.lexists(path):  # a link to a disk that is not mounted is to stay
+    elif not os.path.lexists(path):  # keeps a link to an unmounted disk
         _make(name, path)
     arrays = _read(path, info)
 
@@ -247,7 +246,7 @@ def load_dataset(name: str, data_dir: str | os.PathLike) -> DataSet:
     for split in ("train", "test"):
         x, y = torch.from_numpy(arrays[f"x_{split}"]), torch.from_numpy(arrays[f"y_{split}"])
         x = x.unsqueeze(1) if x.ndim == 3 else x.permute(0, 3, 1, 2).contiguous()
-        if info.source == "embedded":  # 8x8 is too small for three poolings
+        if info.source == "embedded":  # 8x8 is too small for the CNN's three poolings
             x = F.interpolate(x.float(), size=(32, 32), mode="bilinear").round().to(torch.uint8)
         splits.append(Split(TensorDataset(x, y.long()), info.mean, info.std))
     crc32 = 0
@@ -258,16 +257,16 @@ def load_dataset(name: str, data_dir: str | os.PathLike) -> DataSet:
 
 
 def cores() -> int:
-    """Returns how many CPU cores this process may use."""
+    """Returns the number of CPU cores available to this process."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def fits(size: int, device: torch.device) -> bool:
-    """Returns whether `size` bytes are under half of the free memory of `device`."""
+    """Returns whether `size` bytes are less than half of the free memory of `device`."""
     meminfo = Path("/proc/meminfo")
-    free = 8 * 2**30  # a guess where the system is not Linux
+    free = 8 * 2**30  # assumed for a CPU without /proc/meminfo
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     elif meminfo.exists():
@@ -276,17 +275,17 @@ def fits(size: int, device: torch.device) -> bool:
 
 
 def import_torchvision() -> ModuleType:
-    """Imports torchvision, also where its compiled operators cannot be loaded.
+    """Imports torchvision, even if its compiled operators cannot be loaded.
 
-    Beside a CPU-only PyTorch, the torchvision of the package index ends its import with "operator
-    torchvision::nms does not exist". No data set needs the operators, so declaring them suffices.
+    With a CPU-only PyTorch, importing PyPI's torchvision fails: "operator torchvision::nms does not
+    exist". No data set uses the operators, so it is enough to declare them.
     """
     try:
         import torchvision
     except RuntimeError as error:
         if "operator torchvision::nms does not exist" not in str(error):
             raise
-        # Not before the first attempt: a torchvision that can load its own would then fail.
+        # Declared after a failure only: an intact torchvision could not define them again.
         boxes = "Tensor dets, Tensor scores"
         torch.library.define("torchvision::nms", f"({boxes}, float iou_threshold) -> Tensor")
         torch.library.define("torchvision::qnms", f"({boxes}, float iou_threshold) -> Tensor")
@@ -297,7 +296,7 @@ def import_torchvision() -> ModuleType:
 def _stream(
     split: Split, batch_size: int, device: torch.device, order: Tensor | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields batches of the samples at `order` (all of them if None), read by worker processes."""
+    """Yields batches of the samples at `order` (all samples if None), read by worker processes."""
     normalize = split.normalizer(device)
     batches = DataLoader(
         split.dataset,
@@ -305,22 +304,22 @@ def _stream(
         sampler=None if order is None else order.tolist(),
         num_workers=min(8, cores()),
         pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # else it draws from the global random state
+        generator=torch.Generator(),  # leaves the global random state unchanged
     )
     try:
         for x, y in batches:
             yield normalize(x), y.to(device, non_blocking=True)
-    except UserError as error:  # PyTorch puts the worker's traceback in front of the message
+    except UserError as error:  # PyTorch prepends the worker's traceback to the message
         message = str(error).strip().rpartition("UserError: ")[2]
-        raise UserError(message) from error.with_traceback(None)  # a traceback holds the workers
+        raise UserError(message) from error.with_traceback(None)  # a traceback keeps workers alive
 
 
 def _read(path: Path, info: Info) -> dict[str, np.ndarray]:
-    """Reads the four arrays of an npz file, with labels as uint8 [N].
+    """Loads the four arrays of an npz file; the labels become uint8 [N].
 
-    Raises UserError if they are not a data set of the channels and classes of `info`.
+    Raises UserError if the arrays do not have the channels and classes of `info`.
     """
-    remedy = f"it must hold {_form(info)}; correct it, or move it away to have it restored"
+    remedy = f"it must contain {_form(info)}; correct it, or move it away to have it restored"
     with user_errors(path, remedy), np.load(path, allow_pickle=False) as archive:
         arrays = {key: archive[key] for key in ARRAYS}
         for split in ("train", "test"):
@@ -332,21 +331,21 @@ def _read(path: Path, info: Info) -> dict[str, np.ndarray]:
                 raise ValueError(f"y_{split} is {y.dtype} {list(y.shape)} for {len(x)} images")
             if y.min() < 0 or y.max() >= info.classes:
                 raise ValueError(f"y_{split} has labels from {y.min()} to {y.max()}")
-            arrays[f"y_{split}"] = y.reshape(-1).astype(np.uint8)  # crc32 is the same for all types
+            arrays[f"y_{split}"] = y.reshape(-1).astype(np.uint8)  # one crc32 for all label types
         if arrays["x_train"].shape[1:] != arrays["x_test"].shape[1:]:
             raise ValueError("the images of x_train and x_test differ in shape")
     return arrays
 
 
 def _form(info: Info) -> str:
-    """Describes the arrays that the npz file of a data set must hold."""
+    """Describes the arrays that a data set's npz file must contain."""
     images = "[N, H, W]" if len(info.mean) == 1 else f"[N, H, W, {len(info.mean)}]"
     labels = f"integer labels y_train, y_test [N] from 0 to {info.classes - 1}"
     return f"uint8 images x_train, x_test {images} and {labels}"
 
 
 def _make(name: str, path: Path) -> None:
-    """Fetches a data set and writes its npz file, unless another process has done so meanwhile."""
+    """Fetches a data set and writes its npz file, unless another process has just written it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f".{path.name}.lock")):
@@ -359,7 +358,7 @@ def _make(name: str, path: Path) -> None:
 
 
 def _fetch(name: str, path: Path) -> dict[str, np.ndarray]:
-    """Returns the arrays of `path`, from torchvision or from an image folder beside it."""
+    """Returns the arrays of a data set, from torchvision or from the image folder beside `path`."""
     info = DATASETS[name]
     if info.source == "folder":
         return _arrays(_image_folders(name, path.with_suffix("")))
@@ -378,13 +377,13 @@ def _fetch(name: str, path: Path) -> dict[str, np.ndarray]:
 
 
 def _arrays(datasets: list) -> dict[str, np.ndarray]:
-    """Returns the arrays of an npz file, from the training and the test split."""
+    """Converts torchvision's training and test data sets to the four arrays of an npz file."""
     arrays: list[np.ndarray] = []
     for dataset in datasets:
         if hasattr(dataset, "data"):
             arrays += [np.asarray(dataset.data), np.asarray(dataset.targets, np.uint8)]
         else:
-            with ThreadPoolExecutor() as pool:  # PIL decodes outside the interpreter's lock
+            with ThreadPoolExecutor() as pool:  # PIL decodes without the GIL
                 images, labels = zip(*pool.map(dataset.__getitem__, range(len(dataset))))
             x = torch.stack(images).permute(0, 2, 3, 1).contiguous()
             arrays += [x.numpy(), np.array(labels, np.uint8)]
@@ -405,13 +404,13 @@ def _image_folders(name: str, root: Path) -> list:
 
 
 def _images(size: int) -> dict:
-    """Returns torchvision's options that read, scale and crop images to uint8 [3, size, size]."""
+    """Returns arguments for torchvision to scale and crop images to uint8 [3, size, size]."""
     transforms = import_torchvision().transforms
     steps = [transforms.Resize(size), transforms.CenterCrop(size), transforms.PILToTensor()]
     return {"transform": transforms.Compose(steps), "loader": _open_image}
 
 
 def _open_image(path: str | os.PathLike) -> object:
-    """Reads an image file into a PIL image, as RGB. Raises UserError if it is damaged."""
-    with user_errors(path, "replace it, or take it away"):
+    """Loads an image file as an RGB PIL image. Raises UserError if the file is damaged."""
+    with user_errors(path, "replace it, or move it away"):
         return import_torchvision().datasets.folder.default_loader(path)

@@ -128,8 +128,8 @@ def test_a_wrong_name_lists_the_right_ones(tmp_path):
 
 
 EXPECTED = (
-    "it must hold uint8 images x_train, x_test [N, H, W, 3] and integer labels y_train, y_test [N] "
-    "from 0 to 9; correct it, or move it away to have it restored"
+    "it must contain uint8 images x_train, x_test [N, H, W, 3] and integer labels y_train, y_test "
+    "[N] from 0 to 9; correct it, or move it away to have it restored"
 )
 ZEROS = np.zeros(23, np.uint8)
 BAD_FILES = {
@@ -301,7 +301,7 @@ def test_a_damaged_image_is_one_line(tmp_path, image_folder, name):
         list(Loader(load_dataset(name, tmp_path).test, 2, "cpu"))
     line = str(caught.value)
     assert line.startswith(f"{path} cannot be read (") and "\n" not in line
-    assert line.endswith("): replace it, or take it away")
+    assert line.endswith("): replace it, or move it away")
 
 
 @pytest.mark.parametrize("name", ["ImageWoof", "ImageNet"])
