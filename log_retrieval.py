@@ -1,14 +1,13 @@
-"""Restores results from logs, when the files that held them are lost.
+"""Restores lost results from logs.
 
     python log_retrieval.py LOG [LOG ...]                  prints lines of metrics.jsonl, each with
                                                            its run
     python log_retrieval.py LOG [LOG ...] --output DIR     writes DIR/<experiment>/seed-<n>/
 
-It reads our own log.txt and the logs of the 2019 release. With --output results/bottleneck, say,
-`bottleneck.py --tables-only` and `bottleneck_from_log.py` take the restored results for the
-original; an existing metrics.jsonl is not changed. Skipped lines are reported on stderr. The exit
-code is 0 if something was recovered, 1 if nothing, 2 for bad usage, for a log that cannot be read,
-or for a stdout that cannot be written to.
+LOG is a log.txt of these scripts, or a log of the 2019 release. `bottleneck.py --tables-only` and
+`bottleneck_from_log.py` use results restored to --output results/bottleneck like original results.
+An existing metrics.jsonl is not changed. Skipped lines are reported on stderr. The exit code is 0
+if a run was found, 1 if none was, and 2 for bad usage, an unreadable log or an unusable output.
 """
 
 import argparse
@@ -25,7 +24,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("logs", type=user_path, nargs="+", metavar="LOG", help="a log file")
-    output_help = "where the folders go (default: lines to stdout instead)"
+    output_help = "the folder to write to (default: print the lines instead)"
     parser.add_argument("--output", type=user_path, metavar="DIR", help=output_help)
     arguments = parser.parse_args()
     recovered = refused = False
@@ -44,7 +43,7 @@ def main() -> int:
                 recovered = True
         except UserError as error:
             show(f"error: {error}", error=True)
-            refused = True  # the next log may be a good one
+            refused = True  # but continue: the next log may be intact
         except OSError as error:
             show(f"error: {error.filename}: {one_line(error)}", error=True)
             return 2

@@ -1,4 +1,4 @@
-"""Errors in one line, and printing that costs no result."""
+"""One-line error messages, and printing that does not stop a script when it fails."""
 
 import os
 import sys
@@ -7,11 +7,11 @@ from contextlib import contextmanager
 
 
 class UserError(Exception):
-    """An error that the user can correct; its message is one line: fault, place and remedy."""
+    """An error that the user can correct. Its message is one line: fault, place and remedy."""
 
 
 def one_line(error: Exception) -> str:
-    """Returns an error's message as one short line of printable characters."""
+    """Returns an error's message as one line of at most 160 printable characters."""
     message = getattr(error, "strerror", None) or str(error) or type(error).__name__
     line = " ".join("".join(c if c.isprintable() else " " for c in message).split())
     return line if len(line) <= 160 else line[:157] + "..."
@@ -19,27 +19,27 @@ def one_line(error: Exception) -> str:
 
 @contextmanager
 def user_errors(source: object, remedy: str, verb: str = "read") -> Iterator[None]:
-    """Turns any error of a block into a UserError, `<source> cannot be <verb> (...): <remedy>`.
+    """Converts any error in a block to UserError("<source> cannot be <verb> (...): <remedy>").
 
     Args:
-        source: the file, or a place in it.
-        remedy: the way to correct the error.
+        source: the file, or the place in a file.
+        remedy: how the user can correct the error.
         verb: completes "cannot be": "read", "written", ...
     """
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # json, zipfile, NumPy and PyTorch raise all kinds at a damaged file
+    except Exception as error:  # json, zipfile, NumPy and PyTorch raise any type for a damaged file
         raise UserError(f"{source} cannot be {verb} ({one_line(error)}): {remedy}") from error
 
 
 def show(text: str, error: bool = False) -> bool:
-    """Prints a line to stdout, or to stderr for an error; returns False where it cannot be printed.
+    """Prints a line to stdout, or to stderr for an error; returns False if printing fails.
 
-    A script has its results on disk, so it continues where a stream is closed, its pipe has no
-    reader, or the disk behind `>` is full; later lines to that stream are dropped. Characters that
-    the stream cannot encode become question marks.
+    A script's results are on disk, so it continues if the stream is closed, if the reader of its
+    pipe has ended, or if the disk behind `>` is full. Later lines to the stream are dropped.
+    Characters that the stream cannot encode become question marks.
     """
     stream = sys.stderr if error else sys.stdout
     if stream is None:
@@ -49,7 +49,7 @@ def show(text: str, error: bool = False) -> bool:
         print(text.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
         return True
     except OSError as failure:
-        with open(os.devnull, "w") as null:  # takes the rest of the stream's buffer, too
+        with open(os.devnull, "w") as null:  # also receives the rest of the stream's buffer
             os.dup2(null.fileno(), stream.fileno())
         if not error and not isinstance(failure, BrokenPipeError):  # `| head` may close its pipe
             show(f"stdout cannot be written to ({one_line(failure)}): the rest is lost", error=True)
@@ -57,10 +57,10 @@ def show(text: str, error: bool = False) -> bool:
 
 
 def exit_code(main: Callable[[], None]) -> int:
-    """Runs a script's `main`, and reports the error that ends it on stderr, in one line.
+    """Runs a script's `main`, and reports an error in it as one line on stderr.
 
-    Returns: 0; 2 for an error that the user can correct; 1 where the system fails, for instance on
-    a full disk; 130 if it was interrupted.
+    Returns: 0 for success; 2 for an error that the user can correct; 1 for a failure of the system,
+    such as a full disk; 130 for an interruption.
     """
     try:
         main()

@@ -1,7 +1,7 @@
-"""The lines of logs, and the way back from them to results.
+"""The lines of logs, and a parser that restores results from them.
 
-A run's `log.txt` has the numbers of its `metrics.jsonl`. Each line names its run, so logs may be
-concatenated. The logs of the 2019 release, in another format, can be parsed as well.
+A run's `log.txt` contains the numbers of its `metrics.jsonl`. Each line names its run, so logs may
+be concatenated. Logs of the 2019 release, whose format differs, are parsed as well.
 
     2026-11-23 16:56:17  fc-tanh seed 0: 9 epochs of Digits on cpu
     2026-11-23 16:56:17  fc-tanh seed 0: settings {"experiment": {"name": "fc-tanh", ...}, ...}
@@ -24,18 +24,18 @@ from mltools.results import Metrics, RunFolder, RunResult, make_metrics, rounded
 
 
 def first_lines(run: str, settings: dict, device: object) -> tuple[str, str]:
-    """Returns the heading and the settings of a run called `run`, such as `fc-tanh seed 0`."""
+    """Returns the first lines of a run, such as `fc-tanh seed 0`: its heading and its settings."""
     heading = f"{run}: {settings['epochs']} epochs of {settings['dataset']} on {device}"
     return heading, f"{run}: settings {json.dumps(settings)}"
 
 
 def number_text(value: float | None, digits: int = 4) -> str:
-    """Returns a number as in logs; None is `nan`."""
+    """Returns a number as text for a log; None becomes `nan`."""
     return "nan" if value is None else f"{value:.{digits}f}"
 
 
 def epoch_lines(run: str, metrics: Metrics, epochs: int) -> list[str]:
-    """Returns the lines of one epoch of `epochs`; the last one is the summary."""
+    """Returns the lines of one epoch out of `epochs`: each layer's alignment, then a summary."""
     epoch, text = metrics["epoch"], number_text
     lines = [
         f"{run}: alignment {layer}, epoch {epoch}: mean {text(c['mean'])} std {text(c['std'])}"
@@ -47,7 +47,7 @@ def epoch_lines(run: str, metrics: Metrics, epochs: int) -> list[str]:
     return [*lines, f"{run}: epoch {epoch}/{epochs}: {train}, {test}, {seconds}"]
 
 
-_compile = partial(re.compile, flags=re.ASCII)  # no digits of other scripts
+_compile = partial(re.compile, flags=re.ASCII)  # \d matches 0 to 9 only
 _COUNT = r"(\d{1,19})"
 _NUMBER = r"(-?\d+\.\d{4}|nan)"
 _RUN = r"([\w.-]+ seed \d{1,19}): "
@@ -58,9 +58,9 @@ _SPLIT = rf"loss {_NUMBER} accuracy {_NUMBER}%"
 _SUMMARY = _compile(
     rf"{_RUN}epoch {_COUNT}/{_COUNT}: train {_SPLIT}, test {_SPLIT}, (\d+\.\d{{3}}|nan) s"
 )
-_OURS = _compile(r"(?:^|: )(?:\d+ epochs of |settings \{|alignment |epoch \d)")  # or damaged
+_OURS = _compile(r"(?:^|: )(?:\d+ epochs of |settings \{|alignment |epoch \d)")  # damaged or not
 
-# The 2019 release's lines, and our names of its modules, of which the others are activations.
+# The 2019 release's lines, and our names for its modules; all other modules are activations.
 _SEEDING = _compile(rf"Seeding with {_COUNT}\.")
 _TRAINING = _compile(
     rf"Training ([ -~]+) for {_COUNT} epochs on dataset ([\w.-]+) with a batch size of {_COUNT}:"
@@ -75,24 +75,24 @@ _KINDS = {
     "BatchNorm1d": "bn", "BatchNorm2d": "bn", "Dropout": "drop", "Dropout2d": "drop",
 }  # fmt: skip
 
-# Where a line begins, though it may stand behind a progress bar, or a line that a kill has torn.
+# Start of a log line. A progress bar, or the incomplete line of a killed run, may precede it.
 _BEGINNING = _compile(r"\r|\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (?:-- +)?")
 
 
 class Skipped(NamedTuple):
-    """A damaged line, by its number from 1, or a gap in a run, whose number is 0."""
+    """A damaged line, numbered from 1, or a gap in a run, with line number 0."""
 
     line: int
     reason: str
 
 
 def parse_log(data: bytes) -> tuple[list[RunResult], list[Skipped]]:
-    """Parses a log of ours or of the 2019 release; a damaged line costs no more than its epoch.
+    """Parses a log of ours or of the 2019 release; a damaged line costs at most its epoch.
 
-    Returns: the runs that have an epoch, and the skipped lines and gaps. The path of a run is
-    `<experiment>/seed-<n>`, with `-attempt-<k>` from the second run of that experiment and seed on.
+    Returns: the runs with at least one epoch, and the skipped lines and gaps. The path of a run is
+    `<experiment>/seed-<n>`, with `-attempt-2`, `-attempt-3`, ... for further runs of that seed.
     """
-    # Colours are removed; corrupt bytes become a character that no pattern matches.
+    # Colour codes are removed; corrupt bytes become a character that no pattern matches.
     text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", data.decode("utf-8", errors="replace"))
     runs: list[RunResult] = []
     skipped: list[Skipped] = []
@@ -130,14 +130,14 @@ def retrieve_log(path: Path) -> list[RunResult]:
 
 
 def restore_run(run: RunResult, output: Path) -> bool:
-    """Writes the folder of a retrieved run below `output`; returns False if it has metrics already.
+    """Writes a retrieved run to its folder below `output`; returns False if it has metrics already.
 
-    Raises UserError if the folder holds a run with other settings, or cannot be read.
+    Raises UserError if the folder contains a run with other settings, or cannot be read.
     """
     folder = RunFolder(output / run.path)
     if (folder.path / "metrics.jsonl").exists():
         return False
-    there = folder.load().settings or run.settings  # `check` refuses a run without its metrics
+    there = folder.load().settings or run.settings  # `check` would refuse the lost metrics
     if differing := results.differences(there, run.settings):
         raise UserError(f"{folder.path} holds another run ({differing}): choose another --output")
     folder.start(run.settings, run.environment)
@@ -161,19 +161,19 @@ def _gaps(run: RunResult) -> Iterator[str]:
 
 
 class _OwnReader:
-    """Appends the runs in lines of our format to `runs`."""
+    """Parses lines of our format, and appends their runs to `runs`."""
 
     def __init__(self, runs: list[RunResult]) -> None:
         self.runs = runs
-        self.latest: dict[str, RunResult] = {}  # the last run that is called, say, "fc-tanh seed 0"
-        self.reached: Counter[str] = Counter()  # its last epoch, by that name
-        self.alignment: dict = defaultdict(lambda: defaultdict(dict))  # by that name and the epoch
+        self.latest: dict[str, RunResult] = {}  # by run name, such as "fc-tanh seed 0"
+        self.reached: Counter[str] = Counter()  # the last epoch, by run name
+        self.alignment: dict = defaultdict(lambda: defaultdict(dict))  # by run name and epoch
 
     def read(self, line: str) -> None:
-        """Reads a line; ignores those of other formats. Raises ValueError if it is damaged."""
+        """Reads a line, or ignores one of another format. Raises ValueError if it is damaged."""
         if match := _HEADING.fullmatch(line):
             self._begin(_basic_settings(*match.groups()))
-        elif match := _SETTINGS.fullmatch(line):  # the heading's run is dropped: it has no epochs
+        elif match := _SETTINGS.fullmatch(line):  # `parse_log` drops the empty run of the heading
             settings = json.loads(match[2])
             same = (run for run in self.runs if run.settings == settings)
             self._begin(settings, next(same, None))
@@ -195,35 +195,35 @@ class _OwnReader:
             raise ValueError("damaged line")
 
     def _begin(self, settings: dict, run: RunResult | None = None) -> RunResult:
-        """Begins a new run, or `run` again, which has the same settings and so the same numbers."""
+        """Begins a new run, or reuses `run`, because equal settings give equal numbers."""
         if run is None:
             run = _new_run(settings)
             self.runs.append(run)
         name = f"{settings['experiment']['name']} seed {settings['seed']}"
         self.latest[name], self.reached[name] = run, 0
-        self.alignment.pop(name, None)  # of an epoch in which an earlier run was killed
+        self.alignment.pop(name, None)  # of an epoch in which a kill ended the run
         return run
 
 
 class _ReleaseReader:
-    """Appends the runs in lines of the 2019 release's format to `runs`."""
+    """Parses lines of the 2019 release's format, and appends their runs to `runs`."""
 
     def __init__(self, runs: list[RunResult]) -> None:
         self.runs = runs
         self.seed = "0"
-        self.run: RunResult | None = None  # None where it is unknown
+        self.run: RunResult | None = None  # None if unknown
         self.epoch = 0
-        self.layers: dict | None = None  # the alignment; None outside of an epoch
+        self.layers: dict | None = None  # the epoch's alignment; None between epochs
 
     def read(self, line: str) -> None:
-        """Reads a line; ignores those of other formats. Raises ValueError if it is damaged."""
+        """Reads a line, or ignores one of another format. Raises ValueError if it is damaged."""
         if line.startswith("Seeding "):
             self.seed = "None"
             (self.seed,) = _groups(_SEEDING, line)
         elif re.match("Training .* epochs on ", line):
             self.run = None
             title, epochs, dataset, batch_size = _groups(_TRAINING, line)
-            if match := _BOTTLENECK.fullmatch(title):  # with the share of 800 that is dropped
+            if match := _BOTTLENECK.fullmatch(title):  # the rate is the masked share of 800
                 title = f"{match[2]}-{round(800 * (1 - float(match[1])))}"
             name = re.sub(r"[^\w.]+", "-", title.lower()).strip("-.")
             settings = _basic_settings(f"{name} seed {self.seed}", epochs, dataset)
@@ -234,7 +234,7 @@ class _ReleaseReader:
             self.layers = None
             epoch, seconds = _groups(_EPOCH, line)
             if self.run is None or int(epoch) < self.epoch:
-                self.run = None  # the line that begins it is lost
+                self.run = None  # its first line is lost
                 raise ValueError("epoch of an unknown run")
             self.epoch, self.layers = int(epoch), {}
             if seconds and self.run.epochs and self.run.epochs[-1]["epoch"] == self.epoch - 1:
@@ -248,7 +248,7 @@ class _ReleaseReader:
             if self.run is None or self.layers is None:
                 raise ValueError("losses of an unknown epoch")
             layers, self.layers = self.layers, None
-            scale = self.run.settings["batch_size"]  # the release divides a mean loss by it
+            scale = self.run.settings["batch_size"]  # the release divides its mean loss by this
             numbers = [float(text) * x for text, x in zip(texts, (scale, 1, scale, 1))]
             _add_epoch(self.run, make_metrics(self.epoch, numbers, layers, None))
 
@@ -276,7 +276,7 @@ def _basic_settings(run: str, epochs: str, dataset: str) -> dict:
 
 
 def _add_epoch(run: RunResult, metrics: Metrics) -> None:
-    # A killed run repeats an epoch.
+    # A killed and resumed run may log an epoch twice.
     others = [known for known in run.epochs if known["epoch"] != metrics["epoch"]]
     run.epochs = sorted([*others, metrics], key=lambda metrics: metrics["epoch"])
 
@@ -286,15 +286,15 @@ def _cosine(mean: str, std: str) -> dict:
 
 
 def _rename_layers(epochs: list[Metrics]) -> None:
-    """Replaces the release's names of layers, such as `0_Linear`, by ours.
+    """Replaces the release's layer names, such as `0_Linear`, by ours.
 
-    In its CNN logs without dropout, each line has the name of the next layer, and no line that of
-    the first, a convolution. Where a line before the last is lost in all epochs, the numbers in our
-    names cannot be known, so layers are named by position.
+    In its CNN logs without dropout, each line has the name of the next layer; the first layer, a
+    convolution, has no name. If a layer before the last is lost in all epochs, the numbers in our
+    names are unknown, so layers are named by position.
     """
     layers = [layer.split("_", 1) for metrics in epochs for layer in metrics["alignment"]]
     if not all(len(parts) == 2 and parts[0].isdigit() for parts in layers):
-        return  # our names
+        return  # they are our names
     modules = dict(sorted((int(position), module) for position, module in layers))
     kinds = [_KINDS.get(module, "act") for module in modules.values()]
     if "maxp" in kinds and "drop" not in kinds:

@@ -3,13 +3,13 @@
     config.json    every setting, the library versions, the device, the git commit
     metrics.jsonl  one line per epoch
     angles.npz     per-sample cosines: one float32 array (epochs, samples) per layer
-    log.txt        the metrics for people
-    checkpoint.pt  while the run is unfinished: all that resumes it, its metrics and cosines too
-    state.pt       when it is finished: the weights and the feedback matrix
+    log.txt        the metrics as lines of text
+    checkpoint.pt  until the run is finished: its state, with the metrics and cosines so far
+    state.pt       once the run is finished: the weights and the feedback matrix
 
-At the start, after each epoch and at an interruption the checkpoint is written, and then
-metrics.jsonl and angles.npz, from the epochs that the checkpoint holds. Files are replaced whole,
-the log aside, so a run may be killed at any instant.
+The checkpoint is saved at the start, after each epoch and at an interruption; metrics.jsonl and
+angles.npz are then written from its epochs. Each file but the log is replaced as a whole, so a run
+may be killed at any time.
 """
 
 import argparse
@@ -37,67 +37,67 @@ RESTORE_BOTH = "move it and metrics.jsonl away, and restore both from log.txt wi
 NAME = re.compile(r"\w[\w.-]{0,99}", re.ASCII)
 
 Metrics = dict
-"""A line of `metrics.jsonl`."""
+"""The metrics of one epoch: a line of `metrics.jsonl`."""
 Rule = Callable[[Any], bool]
 
 
 @dataclass
 class RunResult:
-    """A run as its folder holds it, or as it was retrieved from a log."""
+    """A run, loaded from its folder or retrieved from a log."""
 
     path: Path
-    """The run's folder, `<experiment>/seed-<n>` at its end."""
+    """The run's folder, whose path ends in `<experiment>/seed-<n>`."""
     settings: dict = field(default_factory=dict)
-    """Of `config.json`; empty where there is no such file."""
+    """The settings in `config.json`; empty if there is no such file."""
     environment: dict = field(default_factory=dict)
-    """Versions, device and commit, as in `config.json`."""
+    """The versions, device and commit in `config.json`."""
     epochs: list[Metrics] = field(default_factory=list)
     """The lines of `metrics.jsonl`, in order."""
     has_checkpoint: bool = False
 
     @property
     def name(self) -> str:
-        """`<experiment>/seed-<n>`."""
+        """The name of the run, `<experiment>/seed-<n>`."""
         return f"{self.path.parent.name}/{self.path.name}"
 
     @property
     def diverged(self) -> bool:
-        """Whether the last epoch ended with a loss that is not a number."""
+        """Returns whether a loss of the last epoch is NaN or infinite."""
         if not self.epochs:
             return False
         return None in (self.epochs[-1]["train_loss"], self.epochs[-1]["test_loss"])
 
     @property
     def trained(self) -> bool:
-        """Whether no epoch is left to train: the run had the last one, or it diverged."""
+        """Returns whether no epoch is left to train: all epochs have ended, or the run diverged."""
         if not self.epochs or not self.settings:
             return False
         return self.diverged or self.epochs[-1]["epoch"] >= self.settings["epochs"]
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is left to train or to write."""
+        """Returns whether the run is trained and its checkpoint is removed, as the last step."""
         return self.trained and not self.has_checkpoint
 
 
 class RunFolder:
-    """Reads and writes the files of one run, without creating any before `lock`."""
+    """Loads and saves the files of one run. The constructor creates no file."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
 
     def lock(self) -> FileLock:
-        """Returns a lock for a `with` statement; the end of the process releases it too.
+        """Returns the run's lock, for a `with` statement; a killed process releases it too.
 
-        Entering it raises filelock.Timeout at once if it is held elsewhere.
+        Entering the lock raises filelock.Timeout at once if another thread or process holds it.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         return FileLock(self.path.with_name(f".{self.path.name}.lock"), timeout=0)
 
     def load(self, with_epochs: bool = True) -> RunResult:
-        """Loads the run; a missing file counts as empty, and a torn last line is dropped.
+        """Loads the run. A missing file counts as empty; an incomplete last line is dropped.
 
-        Raises UserError if a file cannot be read.
+        `with_epochs=False` skips `metrics.jsonl`. Raises UserError if a file cannot be read.
         """
         result = RunResult(self.path, has_checkpoint=(self.path / "checkpoint.pt").exists())
         path = self.path / "config.json"
@@ -116,17 +116,17 @@ class RunFolder:
                 metrics = json.loads(line)
                 check_metrics(metrics)
                 if result.epochs and metrics["epoch"] <= result.epochs[-1]["epoch"]:
-                    raise ValueError("its epoch is not after the one before")
+                    raise ValueError("its epoch is not after the previous line's")
                 result.epochs.append(metrics)
         return result
 
     def check(self, settings: dict) -> RunResult:
-        """Loads the run, to train or to resume it with the given settings.
+        """Loads the run, and checks that it can be trained or resumed with these settings.
 
-        If there is a checkpoint, which has the epochs too, `metrics.jsonl` is not read.
+        If there is a checkpoint, which contains the epochs too, `metrics.jsonl` is not read.
 
-        Raises UserError if a file cannot be read, if the folder holds a run with other settings, or
-        if its checkpoint is lost.
+        Raises UserError if a file cannot be read, if the folder contains a run with other settings,
+        or if an unfinished run has lost its checkpoint.
         """
         result = self.load(with_epochs=not (self.path / "checkpoint.pt").exists())
         differing = differences(result.settings, settings) if result.settings else ""
@@ -145,36 +145,36 @@ class RunFolder:
         return result
 
     def rename(self) -> Path:
-        """Renames the folder, so that another run can take its place; returns the new path."""
+        """Renames the folder to `aside-<i>-<name>`, to free its path; returns the new path."""
         paths = (self.path.with_name(f"aside-{i}-{self.path.name}") for i in itertools.count(1))
         return self.path.rename(next(path for path in paths if not path.exists()))
 
     def start(self, settings: dict, environment: dict) -> None:
-        """Creates the folder and its `config.json`, if they are not there."""
+        """Creates the folder and its `config.json`, if they are missing."""
         self.path.mkdir(parents=True, exist_ok=True)
         if not (self.path / "config.json").exists():
             config = {"settings": settings, "environment": environment}
             self.write("config.json", lambda file: file.write(_json(config, indent=2)))
 
     def remove_leftovers(self) -> None:
-        """Removes temporary files of a killed process; the caller holds the lock."""
+        """Removes temporary files of a killed process. The caller must hold the lock."""
         for path in self.path.glob(f".*.{'[0-9a-f]' * 32}"):
             path.unlink(missing_ok=True)
 
     def write(self, name: str, write: Callable[[BinaryIO], object]) -> None:
-        """Replaces a file of the folder whole."""
+        """Replaces a file of the folder, see `write_atomically`."""
         write_atomically(self.path / name, write)
 
     def write_metrics(self, epochs: Iterable[Metrics]) -> None:
-        """Replaces `metrics.jsonl`."""
+        """Replaces `metrics.jsonl`: one line per epoch."""
         self.write("metrics.jsonl", lambda file: file.writelines(map(_json, epochs)))
 
     def write_angles(self, angles: Mapping[str, np.ndarray]) -> None:
-        """Replaces `angles.npz`: layer name to cosines, float32 (epochs, samples)."""
+        """Replaces `angles.npz`: for each layer its cosines, float32 (epochs, samples)."""
         self.write("angles.npz", lambda file: np.savez(file, allow_pickle=False, **angles))
 
     def log(self, *lines: str) -> None:
-        """Appends lines to `log.txt`, each with the time."""
+        """Appends lines to `log.txt`, each after the current time."""
         with open(self.path / "log.txt", "a", encoding="utf-8") as file:
             file.writelines(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}\n" for line in lines)
             file.flush()
@@ -182,9 +182,9 @@ class RunFolder:
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Calls `write` with a file that takes the place of `path` once it is whole and on disk.
+    """Calls `write` with a temporary file, which replaces `path` once it is complete and on disk.
 
-    Raises OSError as `open` and `write` do; `path` is then as it was, and nothing else is left.
+    Raises OSError as `open` and `write` do; `path` is then unchanged, the temporary file removed.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
@@ -202,14 +202,14 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file with a text in UTF-8, see `write_atomically`."""
+    """Replaces a file by `text` in UTF-8, see `write_atomically`."""
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def user_path(text: str) -> Path:
-    """Converts the text of an option to a path; a leading `~` is the home folder, as in a shell.
+    """Converts the text of an option to a path, and expands a leading `~` as a shell does.
 
-    Raises ArgumentTypeError for the home folder of an unknown user.
+    Raises argparse.ArgumentTypeError if `~name` names an unknown user.
     """
     try:
         return Path(text).expanduser()
@@ -218,7 +218,7 @@ def user_path(text: str) -> Path:
 
 
 def differences(there: dict, asked: dict) -> str:
-    """Lists the differences between the settings of two runs; empty if they are equal."""
+    """Describes the settings that differ between two runs in one line; empty if none differs."""
     there, asked = flattened(there), flattened(asked)
     return "; ".join(
         f"{key} is {there.get(key)!r} there, now {asked.get(key)!r}"
@@ -228,7 +228,7 @@ def differences(there: dict, asked: dict) -> str:
 
 
 def flattened(nested: dict, prefix: str = "") -> dict:
-    """Returns nested settings as one dict, with keys like `experiment.network.hidden`."""
+    """Returns nested settings as a flat dict, with keys like `experiment.network.hidden`."""
     flat: dict = {}
     for key, value in nested.items():
         if isinstance(value, dict):
@@ -239,7 +239,7 @@ def flattened(nested: dict, prefix: str = "") -> dict:
 
 
 def check_settings(settings: dict) -> None:
-    """Raises ValueError if the settings of `config.json` lack a key, or have a wrong value."""
+    """Checks the settings of a `config.json`. Raises ValueError for a missing or wrong value."""
     whole = _number(1, float("inf"), int)
     _check(
         settings,
@@ -255,11 +255,11 @@ def check_settings(settings: dict) -> None:
 def make_metrics(
     epoch: int, numbers: Iterable[float], alignment: dict, seconds: float | None
 ) -> Metrics:
-    """Returns a line of `metrics.jsonl`.
+    """Returns the metrics of one epoch.
 
     Args:
         numbers: train loss, train accuracy, test loss and test accuracy.
-        alignment: layer to `{"mean": ..., "std": ...}`.
+        alignment: maps each layer to its cosine, `{"mean": ..., "std": ...}`.
 
     Raises ValueError as `check_metrics` does.
     """
@@ -271,12 +271,12 @@ def make_metrics(
 
 
 def rounded(value: float) -> float | None:
-    """Returns a number of `metrics.jsonl`, as precise as in the log; JSON has no NaN."""
+    """Rounds a number to the log's 4 decimals; returns None for NaN and infinity, for JSON."""
     return round(float(value), 4) if math.isfinite(value) else None
 
 
 def check_metrics(metrics: Metrics) -> None:
-    """Raises ValueError if a line of `metrics.jsonl` lacks a key, or has a wrong value."""
+    """Checks a line of `metrics.jsonl`. Raises ValueError for a missing or wrong value."""
     percent, positive = _number(0, 100), _or_none(_number(0, sys.float_info.max))
     _check(
         metrics,
