@@ -1,11 +1,11 @@
-"""The table and figures of the bottleneck sweep, from results or logs, without training.
+"""Makes the table and figures of the bottleneck sweep from results or logs, without training.
 
-    python bottleneck_from_log.py results/bottleneck            results, original or retrieved
+    python bottleneck_from_log.py results/bottleneck            results, original or restored
     python bottleneck_from_log.py LOG [LOG ...] --output DIR    logs, ours or the 2019 release's
 
-Writes table.md, table.csv, table.tex, the figures as PNG and PDF (alignment and accuracy, against
-the size; alignment-epochs and accuracy-epochs) and report.html, which holds all of them, into DIR;
-without --output into the results folder given first.
+Writes into DIR, or without --output into the first results folder: table.md, table.csv, table.tex,
+figures as PNG and PDF (alignment and accuracy against the size, alignment-epochs and
+accuracy-epochs against epochs), and report.html, which shows the table and all figures.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def main() -> None:
         "--output",
         type=user_path,
         metavar="DIR",
-        help="where to write (default: the first results folder)",
+        help="the folder to write to (default: the first results folder)",
     )
     arguments = parser.parse_args()
     folders = [source for source in arguments.sources if source.is_dir()]

@@ -16,7 +16,7 @@ KINDS = {
     "width-": "Bottleneck of b units as the second layer",
 }
 INITS = {"std": "standard init", "pai": "pre-alignment"}
-# Colour, marker, and the marker of published train accuracies, whose open marker is taken.
+# Colour, marker, and a marker of its own for published train accuracies.
 STYLES = {"std": ("#1f5fa8", "o", "x"), "pai": ("#d1711a", "s", "+")}
 LAYERS = ["act1", "act2", "act3"]
 # Sources of reference numbers, and their files.
@@ -24,15 +24,15 @@ REFERENCES = {"published": "published_bottleneck.json", "2019 release": "release
 SIZE = "bottleneck size b"
 
 Points = dict[tuple[str, int], dict[str, Row]]
-"""Initialisation and size to the experiment's row, under "", and reference rows by their source."""
+"""Maps (initialisation, size) to rows: our row under "", reference rows under their source."""
 
 
 def load_bottleneck_runs(*sources: Path) -> dict[str, list[RunResult]]:
-    """Loads the runs of results folders and logs, by the name of their experiment.
+    """Loads the runs of results folders and logs, and returns them by experiment name.
 
-    Of several runs of one seed the first finished one counts.
+    Of several runs of a seed, the first finished run is kept, or else the last run.
 
-    Raises UserError if a run cannot be read, or if such runs differ in their settings.
+    Raises UserError if a run cannot be read, or if finished runs of a seed differ in settings.
     """
     runs: dict[str, dict[str, RunResult]] = {}
     for source in sources:
@@ -50,7 +50,7 @@ def load_bottleneck_runs(*sources: Path) -> dict[str, list[RunResult]]:
             elif run.finished and (differing := differences(known.settings, run.settings)):
                 raise UserError(
                     f"{source} holds {run.name} with other settings than the run before it "
-                    f"({differing}): give one of them"
+                    f"({differing}): give only one of the two"
                 )
     return {name: list(seeds.values()) for name, seeds in runs.items()}
 
@@ -62,9 +62,9 @@ def write_bottleneck_report(
 
     Args:
         runs: for each experiment, called `[width-]<init>-<size>`, its runs, one per seed.
-        folder: where to write.
+        folder: the folder to write to.
         reference: the folder of the reference numbers, see REFERENCES and `tables.reference_row`;
-            the figures show the published ones.
+            the figures show the published numbers.
 
     Raises UserError if no experiment has such a name, or as `tables.summarise` does.
     """
@@ -78,7 +78,7 @@ def write_bottleneck_report(
             figures += _figures(points, title, folder, prefix)
             shown |= {point[""].name: runs[point[""].name] for point in points.values()}
     if not tables:
-        raise UserError("no run is of the bottleneck sweep: experiments are called std-118, ...")
+        raise UserError("no run of the bottleneck sweep found: give runs with names like std-118")
     markdown = write_tables(folder, tables)
     title = "The bottleneck effect in Direct Feedback Alignment"
     write_report(folder, title, tables, figures, shown)
@@ -86,7 +86,7 @@ def write_bottleneck_report(
 
 
 def _points(runs: Mapping[str, Sequence[RunResult]], prefix: str, reference: Path) -> Points:
-    """Returns the experiments of a kind, by initialisation and size."""
+    """Returns the rows of the experiments of a kind, by initialisation and size."""
     points: Points = {}
     for name, found in runs.items():
         if match := re.fullmatch(rf"{prefix}(std|pai)-([1-9]\d*)", name):
@@ -100,7 +100,7 @@ def _points(runs: Mapping[str, Sequence[RunResult]], prefix: str, reference: Pat
 
 
 def _figures(points: Points, title: str, folder: Path, prefix: str) -> list[Figure]:
-    """Draws alignment and accuracy, against the size with published numbers, and against epochs."""
+    """Draws alignment and accuracy: against size, with published numbers, and against epochs."""
     alignment: dict[str, dict] = {layer: {} for layer in LAYERS}
     accuracy, groups = {}, {}
     for init, label in INITS.items():

@@ -1,8 +1,8 @@
-"""Figures: accuracy and alignment against epochs, at the end, and against the size in a sweep.
+"""Figures of accuracy and alignment: against epochs, after the last epoch, and against a size.
 
-Each figure has the size that it is printed at, a column or a page wide, and no letter below 7
-points. Its lines differ in greyscale too: by marker, filling and dashes, or by lightness where they
-have an order. A function with no point to draw removes an earlier figure, and returns None.
+Each figure has its printed size, one column or one page wide, and no text below 7 points. Its lines
+also differ in greyscale: by marker, filling and dashes, or by lightness if they are ordered. A
+drawing function that gets no points removes the earlier figure and returns None.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -44,7 +44,7 @@ STYLE: dict[Any, Any] = {
     "legend.handletextpad": 0.3,
     "pdf.fonttype": 42,  # text that can be searched and edited
 }
-# The colours differ for the colour-blind too; 10 colours and 11 markers make 110 pairs.
+# Colour-blind readers can tell the colours apart; 10 colours and 11 markers make 110 pairs.
 COLORS = "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #882255 #999933 #777777 #000000".split()
 MARKERS = "osD^vPX<>*p"
 LINES = {"test": "-", "train": "--"}
@@ -54,14 +54,14 @@ ACCURACY = "accuracy (%)"
 
 @dataclass
 class Figure:
-    """A figure on disk, with its texts for a page."""
+    """A figure on disk, with its texts for the report."""
 
     png: Path
     alt: str
-    """Describes the drawing to readers who cannot see it."""
+    """A description for readers who cannot see the figure."""
     caption: str
     width: float
-    """In print, in inches."""
+    """Printed width in inches."""
 
 
 @matplotlib.rc_context(STYLE)
@@ -73,16 +73,16 @@ def epochs_figure(
     stem: Path,
     order: str = "",
 ) -> Figure | None:
-    """Draws lines against epochs, each with a band of one standard deviation.
+    """Draws curves against epochs, each with a band of one standard deviation.
 
     Args:
-        groups: for each row of panels its title, or "", and the curves of its experiments by label.
-        columns: for each column of panels a key of the curves: "test" and "train", or layers.
-        ylabel: ACCURACY or COSINE; panels of cosines all share their y axis.
-        title: for the caption.
+        groups: maps the title of each row of panels, or "", to its experiments: label to curves.
+        columns: the key of the curves in each column of panels: "test" and "train", or layers.
+        ylabel: ACCURACY or COSINE; all panels of cosines share one y axis.
+        title: the beginning of the caption.
         stem: the path of the files, without suffix.
-        order: the quantity that the labels count, if they are numbers; lines then go from dark to
-            light in their order, with a colour bar for a legend.
+        order: if the labels are numbers, the name of their quantity. The lines then go from dark to
+            light with increasing number, and a colour bar replaces the legend.
     """
     panels = {
         (group, key): {label: found[key] for label, found in lines.items() if found.get(key)}
@@ -131,9 +131,9 @@ def epochs_figure(
 
 @matplotlib.rc_context(STYLE)
 def final_figure(tables: Iterable[Table], stem: Path) -> Figure | None:
-    """Draws the final alignment: a panel for each table, a marker for each layer.
+    """Draws the final alignment: a panel for each table, with a marker for each row and layer.
 
-    Rows without alignment are left out; rows without settings, which are reference numbers, have
+    Rows without alignment are omitted. Rows without settings, which are reference numbers, have
     open markers.
     """
     panels = []
@@ -189,10 +189,10 @@ def sweep_figure(
     """Draws series against sizes on a log axis.
 
     Args:
-        panels: title to the series of a panel: label to points, and their style as keyword
-            arguments of `Axes.errorbar`.
-        title: for the caption.
-        xlabel, ylabel: texts of the axes; the axis of COSINE goes from 0, or the lowest mean, to 1.
+        panels: maps the title of a panel to its series, and the label of a series to its points and
+            its style (keyword arguments of `Axes.errorbar`).
+        title: the beginning of the caption.
+        xlabel, ylabel: axis labels; a COSINE axis goes from 0, or a negative lowest mean, to 1.
         stem: the path of the files, without suffix.
     """
     panels = {
@@ -220,7 +220,7 @@ def sweep_figure(
             lowest = min(lowest, *means)
         ax.set_xscale("log")
         ax.xaxis.set_major_formatter("{x:g}")
-        # Plain numbers too, where there is room.
+        # Minor ticks get plain numbers too, if there is room.
         ax.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(len(panels) == 1, 0.4)))
         ax.set(title=panel, xlabel=xlabel)
     axes[0, 0].set_ylabel(ylabel)
@@ -241,12 +241,12 @@ def _means_and_stds(spreads: Iterable[Spread]) -> np.ndarray:
 
 
 def _style(i: int) -> dict[str, Any]:
-    """Returns colour and marker of the i-th line of a figure."""
+    """Returns the colour and the marker of the i-th line of a figure."""
     return {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
 
 
 def _draw_curve(ax: Axes, curve: Curve, shift: float, style: dict[str, Any]) -> Any:
-    """Draws a line with its band; `shift` moves its markers by a fraction of their distance."""
+    """Draws a curve with its band; `shift` moves its markers by a fraction of their spacing."""
     epochs = list(curve)
     means, stds = _means_and_stds(curve.values())
     if stds.any():
@@ -265,7 +265,7 @@ def _add_color_bar(
     labels: Sequence[str],
     title: str,
 ) -> None:
-    """Adds a bar of one shade for each label, in place of a legend."""
+    """Adds a colour bar with one shade per label, in place of a legend."""
     norm = BoundaryNorm(range(len(labels) + 1), len(labels))
     scale = ScalarMappable(norm, ListedColormap(shades))
     bar = figure.colorbar(scale, ax=axes, label=title, pad=0.02, aspect=30)
@@ -275,7 +275,7 @@ def _add_color_bar(
 
 
 def _add_legend(figure: matplotlib.figure.Figure, handles: Mapping[str, Any]) -> None:
-    """Adds a legend below the axes, in as few lines as fit the width, and height for it."""
+    """Adds a legend below the axes, in as few lines as fit, and enlarges the figure for it."""
     for lines in range(1, len(handles) + 1):
         columns = -(-len(handles) // lines)
         legend = figure.legend(
@@ -296,7 +296,7 @@ def _save(figure: matplotlib.figure.Figure, stem: Path, alt: str, caption: str) 
 
 
 def _remove(stem: Path) -> None:
-    """Removes an earlier figure, which would be taken for one of these runs."""
+    """Removes an earlier figure, which does not show the current runs."""
     for path in _paths(stem).values():
         path.unlink(missing_ok=True)
 

@@ -1,7 +1,7 @@
-"""A script's results as one page for a browser: tables, figures, settings, versions, every run.
+"""A script's results as one HTML page: tables, figures, settings, versions, every run.
 
-The page, whose template is report.html, is a single file with the figures in it. Its only links
-lead to the folders of runs below its own folder.
+The template is mltools/report.html. The page is a single file that contains the figures, and its
+only links lead to the folders of runs below its own folder.
 """
 
 import base64
@@ -30,12 +30,12 @@ def write_report(
     """Writes `report.html` into `folder`.
 
     Args:
-        folder: where to write; folders of runs that lie below it are linked.
+        folder: the folder to write to; folders of runs below it are linked.
         title: the heading.
-        tables, figures: shown in this order; the figures' PNG files are read.
+        tables, figures: shown in this order; the page embeds the figures' PNG files.
         runs: for each experiment its runs, one per seed.
     """
-    from jinja2 import Environment  # would make every start of a script slower
+    from jinja2 import Environment  # only here, to keep the start of the scripts fast
 
     begun = {name: [run for run in found if run.settings] for name, found in runs.items()}
     environment = Environment(autoescape=True, trim_blocks=True)
@@ -53,14 +53,14 @@ def write_report(
 
 
 def _settings_tables(experiments: Mapping[str, Sequence[RunResult]]) -> dict[str, list]:
-    """Returns a table of the settings that all experiments share, and one of the others."""
+    """Returns a table of the settings common to all experiments, and a table of the others."""
     values = {
         name: _values(run.settings for run in runs) for name, runs in experiments.items() if runs
     }
     common, columns = [["setting", "value"]], [["experiment", *values]]
     for key in dict.fromkeys(key for found in values.values() for key in found):
         if key in ("experiment.name", "seed"):
-            continue  # they are the run's name
+            continue  # both are in the run's name
         column = [" / ".join(found.get(key, ())) for found in values.values()]
         words = key.rpartition(".")[2].replace("_", " ")
         if len(set(column)) == 1:
@@ -74,7 +74,7 @@ def _settings_tables(experiments: Mapping[str, Sequence[RunResult]]) -> dict[str
 
 
 def _versions_table(experiments: Mapping[str, Sequence[RunResult]]) -> dict[str, list]:
-    """Returns a table of the environments, with the number of runs where they differ."""
+    """Returns a table of the environments, with the number of runs for values that differ."""
     environments = [run.environment for runs in experiments.values() for run in runs]
     lines, total = [["of the runs", "value"]], len(environments)
     for key, counts in _values(environments).items():
@@ -84,7 +84,7 @@ def _versions_table(experiments: Mapping[str, Sequence[RunResult]]) -> dict[str,
 
 
 def _values(nested: Iterable[dict]) -> dict[str, Counter[str]]:
-    """Counts, for each key of some settings, its values as text."""
+    """Counts how often each key of the nested dicts has each value, as text."""
     found: dict[str, Counter[str]] = {}
     for settings in nested:
         for key, value in flattened(settings).items():
@@ -100,7 +100,7 @@ def _word(value: object) -> str:
 
 
 def _runs_lines(folder: Path, runs: Mapping[str, Sequence[RunResult]]) -> list[list[str]]:
-    """Returns the table of runs: a header, and a line for each."""
+    """Returns the lines of the table of runs: a header, and one line per run."""
     header = ["test accuracy (%)", "train accuracy (%)", "test loss", "train loss", "seconds"]
     lines = [["run", "state", *header, "log"]]
     for name, run in ((name, run) for name, found in runs.items() for run in found):
@@ -123,11 +123,11 @@ def _state(run: RunResult) -> str:
     state = "finished" if run.finished else f"epoch {epoch} of {run.settings['epochs']}"
     if run.diverged:
         state = f"diverged in epoch {epoch}"
-    return state + (", out of a log" if run.environment.get("retrieved") else "")
+    return state + (", from a log" if run.environment.get("retrieved") else "")
 
 
 def _link(folder: Path, target: Path, text: str) -> str:
-    """Returns a link to an existing target below the folder, which may then be moved as a whole."""
+    """Returns a relative link to `target`, or "" if it does not exist below `folder`."""
     folder, target = folder.resolve(), target.resolve()
     if not target.exists() or not target.is_relative_to(folder):
         return ""

@@ -12,11 +12,11 @@ from mltools.errors import UserError
 from mltools.results import RunResult, differences, write_text
 
 Spread = tuple[float, float | None]
-"""A mean, and the standard deviation (n - 1), None for a single value."""
+"""Mean and standard deviation (n - 1) of some values; the latter is None for a single value."""
 Curve = dict[int, Spread]
-"""Epoch, or size in a sweep, to mean and standard deviation."""
+"""Maps an epoch, or a size in a sweep, to a mean and a standard deviation."""
 Curves = dict[str, Curve]
-"""`test` and `train` accuracy, and each layer's mean cosine, over seeds against epochs."""
+"""Maps `test` and `train` (accuracy) and each layer (mean cosine) to curves against epochs."""
 
 SPLITS = ("test", "train")
 LATEX = r"""\begin{table}
@@ -35,28 +35,28 @@ LATEX = r"""\begin{table}
 
 @dataclass
 class Row:
-    """One line of a table. Accuracies are in percent."""
+    """A table row, accuracies in percent. A run counts if it is finished and did not diverge."""
 
     name: str
     test: Spread | None = None
-    """Final test accuracy over seeds; None without a run that counts."""
+    """Final test accuracy over seeds; None if no run counts."""
     train: Spread | None = None
     """Running train accuracy of the last epoch, over seeds."""
     alignment: dict[str, Spread] = field(default_factory=dict)
-    """Layer to the mean and standard deviation of the cosine over the samples of one run, the one
+    """Maps a layer to the mean and standard deviation of its cosine, over the samples of the run
     with the highest final train accuracy."""
     angles_from: str = ""
-    """The name of that run."""
+    """The name of this run, or the source of reference numbers."""
     seeds: int = 0
-    """The number of runs that the accuracies are taken over."""
+    """The number of runs that count."""
     note: str = ""
-    """The number of runs that diverged or are not finished, in words."""
+    """The other runs, such as "1 diverged, 2 not finished"."""
     settings: dict = field(default_factory=dict)
     """The settings that the runs share, without the seed; empty for reference numbers."""
     curves: Curves = field(default_factory=dict)
-    """Over the same runs; empty for reference numbers."""
+    """The curves over the runs that count; empty for reference numbers."""
     runs: list["Row"] = field(default_factory=list)
-    """A row for each run that the accuracies are taken over."""
+    """A row for each run that counts."""
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Table:
     """The layers whose alignment is shown."""
 
     def cells(self) -> list[list[str]]:
-        """Returns the header and the rows as text, without columns that are empty in all rows."""
+        """Returns the header and the rows as text, without empty columns."""
         cosines = [f"cos {layer}" for layer in self.layers]
         header = ["experiment", "test accuracy (%)", "train accuracy (%)", *cosines]
         table = [[*header, "seeds", "angles from", "note"]]
@@ -82,7 +82,7 @@ class Table:
         return [list(line) for line in zip(*columns)]
 
     def markdown(self) -> str:
-        """Returns a Markdown table, padded so that it reads as well in a terminal."""
+        """Returns a Markdown table, with cells padded for reading in a terminal."""
         cells = self.cells()
         widths = [max(map(len, column)) for column in zip(*cells)]
         header, *body = [f"| {' | '.join(map(str.ljust, line, widths))} |" for line in cells]
@@ -90,7 +90,7 @@ class Table:
         return "\n".join([f"### {self.title}", "", header, f"|{rule}|", *body, ""])
 
     def latex(self) -> str:
-        """Returns a LaTeX table for the package booktabs."""
+        """Returns a LaTeX table, which uses the package booktabs."""
         header, *body = [[_escape_latex(cell) for cell in line] for line in self.cells()]
         lines = [" & ".join(line) + r" \\" for line in body]
         caption, columns = _escape_latex(self.title), "l" + "r" * (len(header) - 1)
@@ -98,12 +98,12 @@ class Table:
 
 
 def summarise(name: str, runs: Sequence[RunResult]) -> Row:
-    """Returns an experiment's row from its runs, one per seed.
+    """Summarises an experiment's runs, one per seed, in a row.
 
-    Runs that diverged or are not finished are only counted.
+    Runs that diverged or are not finished appear in the row's note only.
 
-    Raises UserError if a run is of another experiment or seed than its folder's name says, or if
-    the settings differ between runs.
+    Raises UserError if a run's folder does not have the name of its experiment and seed, or if the
+    settings differ between runs.
     """
     counted = [run for run in runs if run.finished and not run.diverged]
     common: dict = {}
@@ -113,8 +113,8 @@ def summarise(name: str, runs: Sequence[RunResult]) -> Row:
         settings = {key: value for key, value in run.settings.items() if key != "seed"}
         if differing := differences(common or settings, settings):
             raise UserError(
-                f"{run.path} was run with other settings than the seeds before it ({differing}): "
-                "they cannot be averaged"
+                f"{run.path} cannot be averaged with the other seeds, which have other settings "
+                f"({differing}): move it away"
             )
         common = settings
     diverged = sum(run.finished and run.diverged for run in runs)
@@ -140,7 +140,7 @@ def _row_of_run(run: RunResult) -> Row:
 
 
 def _curves(runs: Iterable[RunResult]) -> Curves:
-    """Returns a row's curves; where a log lacks an epoch of a run, the other runs count."""
+    """Returns the curves over the runs; an epoch lost in one run is averaged over the others."""
     found: dict[str, dict[int, list[float]]] = {split: {} for split in SPLITS}
     for metrics in (metrics for run in runs for metrics in run.epochs):
         values = {split: metrics[f"{split}_accuracy"] for split in SPLITS}
@@ -159,13 +159,13 @@ def _spread(values: Sequence[float]) -> Spread:
 
 
 def reference_row(row: Row, path: Path, source: str) -> list[Row]:
-    """Returns the row of the same experiment in a file of reference numbers, or no row.
+    """Returns the reference row of an experiment in a list, which is empty if there is none.
 
     Args:
-        row: ours; its settings and its last epoch must be known to the file.
-        path: JSON that maps an experiment's name to the settings that its numbers hold for, the
-            epochs, and for each epoch the accuracies and the cosines of `layers`.
-        source: whose numbers these are, for the row's name.
+        row: our row; the reference must have its experiment, its settings and its last epoch.
+        path: a JSON file that maps an experiment's name to its settings, its epochs, and for each
+            epoch the accuracies and the cosines of `layers`.
+        source: the origin of the reference numbers, for the row's name.
     """
     known = json.loads(path.read_text(encoding="utf-8"))["runs"].get(row.name)
     if not known or not known["settings"].items() <= row.settings.items():
@@ -179,7 +179,7 @@ def reference_row(row: Row, path: Path, source: str) -> list[Row]:
 
 
 def protocols(rows: Iterable[Row]) -> str:
-    """Returns the data set, epochs, batch size and protocol of rows, for a title."""
+    """Returns the data set, epochs, batch size and protocol of the rows, as part of a title."""
     found = []
     for settings in (row.settings for row in rows if row.settings):
         precision = settings.get("precision", "float32")
@@ -194,8 +194,8 @@ def protocols(rows: Iterable[Row]) -> str:
 def write_tables(folder: Path, tables: Sequence[Table]) -> str:
     """Writes `table.md`, `table.tex` and `table.csv`, and returns the Markdown.
 
-    The CSV holds all rows of all tables, unrounded, with all layers that were measured, and below
-    each row one of its own for each run that counts.
+    The CSV has the rows of all tables, unrounded, with all measured layers. Each row is followed by
+    a row for each of its runs that count.
     """
     folder.mkdir(parents=True, exist_ok=True)
     markdown = "\n".join(table.markdown() for table in tables)
@@ -217,12 +217,12 @@ def write_tables(folder: Path, tables: Sequence[Table]) -> str:
 
 
 def _check_name(name: str, run: RunResult) -> None:
-    """Raises UserError if a folder was renamed, so that it would count for another run."""
+    """Raises UserError if a run's folder has the name of another run."""
     if not run.settings:
         return
     experiment, seed = run.settings["experiment"]["name"], run.settings["seed"]
     seed = "unknown" if seed is None else seed
-    # A log that holds a run several times gives it a number.
+    # `parse_log` numbers several runs of one seed.
     if (experiment, f"seed-{seed}") != (name, run.path.name.partition("-attempt-")[0]):
         raise UserError(
             f"{run.path} holds {experiment} with seed {seed}: move it where it belongs, or away"

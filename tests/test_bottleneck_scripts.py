@@ -103,7 +103,7 @@ def test_logs_give_the_same_report(start, swept, tmp_path, with_folder):
     assert (code, err) == (0, "") and out.strip() == before["table.md"].decode().strip()
     assert {name: (tmp_path / "out" / name).read_bytes() for name in before} == before
     report = (tmp_path / "out/report.html").read_text(encoding="utf-8")
-    assert report.count("finished, out of a log") == (0 if with_folder else 4)
+    assert report.count("finished, from a log") == (0 if with_folder else 4)
     assert "<a " not in report
 
 

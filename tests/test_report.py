@@ -96,7 +96,7 @@ def test_every_run_is_listed_with_its_state_and_its_last_numbers(page):
         ["fc/seed-1", "diverged in epoch 2", "40.25", "50.25", "1.5000", "", "3.0", "log"],
         ["fc/seed-2", "epoch 1 of 3", "40.12", "50.12", "1.5000", "1.2500", "1.5", "log"],
         ["fc/seed-3", "not run", "", "", "", "", "", ""],
-        ["100% a#b/seed-0", "finished, out of a log", "40.38", "50.38", "1.5000", "1.2500", "", ""],
+        ["100% a#b/seed-0", "finished, from a log", "40.38", "50.38", "1.5000", "1.2500", "", ""],
         ["100% a#b/seed-1", "finished", "40.38", "50.38", "1.5000", "1.2500", "4.5", ""],
     ]  # fmt: skip
 
