@@ -7,7 +7,7 @@
     with folder.lock():
         train_run(trainer, folder)
 
-An interrupted run is resumed by the same lines.
+The same lines resume an interrupted run.
 """
 
 import io
@@ -39,57 +39,57 @@ from mltools.release import PROTOCOLS, measure_release_alignment
 from mltools.results import Metrics, RunFolder, RunResult, check_metrics, make_metrics, rounded
 
 PRECISIONS = ("float32", "tf32", "bf16")
-EVALUATION_BATCH = 250  # larger ones take more memory than training does
-ALIGNMENT_SAMPLES = 128  # of the test set, its first ones
-STEPS_PER_LAUNCH = 10  # of a CUDA graph, at most; more take longer to record
+EVALUATION_BATCH = 250  # larger batches need more memory than training does
+ALIGNMENT_SAMPLES = 128  # the first samples of the test set
+STEPS_PER_LAUNCH = 10  # most steps in a CUDA graph; a longer graph takes longer to record
 
 
 def option(help: str, default: Any = MISSING, **argument: Any) -> Any:
-    """Returns a dataclass field that is an option of the scripts, see `mltools.sweep`.
+    """Returns a dataclass field that `mltools.sweep` makes an option of the scripts.
 
     Args:
-        help: its line in `--help`.
-        argument: more keyword arguments of `argparse.ArgumentParser.add_argument`.
+        help: the option's text in `--help`.
+        argument: other keyword arguments of `argparse.ArgumentParser.add_argument`.
     """
     return field(default=default, metadata={"help": help, **argument})
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A network, and how it is trained."""
+    """A network and its training settings."""
 
     name: str
-    """Its name in folders, options and tables."""
+    """Name of the experiment in folders, options and tables."""
     network: Network
     training_method: str = "dfa"
     """`"dfa"`, `"bp"` or `"shallow"`."""
     prealigned: bool = False
-    """Whether the weights start out pre-aligned, see `dfatools.prealign`, on the first batch."""
+    """Sets the initial weights by `dfatools.prealign` on the first batch."""
     normalization: bool = True
-    """Whether the feedback matrices are normalised."""
+    """Normalises the feedback matrices, see `dfatools.DFA`."""
     reduction: str = "mean"
-    """Scale of the error that is fed back, see `dfatools.DFA`."""
+    """Scale of the error sent to the hidden layers, `"mean"` or `"sum"`, see `dfatools.DFA`."""
     learning_rate: float = 0.01
-    """Of plain SGD under the mean cross-entropy."""
+    """Learning rate of plain SGD on the mean cross-entropy."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The settings that all runs of a sweep share; each is an option of the scripts."""
+    """Settings shared by all runs of a sweep; each is an option of the scripts."""
 
-    dataset: str = option("the data to train on", choices=DATASETS)
-    epochs: int = option("epochs of training", type=int)
-    batch_size: int = option("samples in a training step", type=int)
+    dataset: str = option("data set to train on", choices=DATASETS)
+    epochs: int = option("number of training epochs", type=int)
+    batch_size: int = option("samples per training step", type=int)
     protocol: str = option(
-        "release: train and measure as the 2019 release does, for its published numbers; "
-        "corrected: feedback at every hidden block, bottleneck masks drawn in each step, and the "
-        "exact alignment",
+        "release: train and measure as the 2019 release does, to compare with its published "
+        "numbers; corrected: feedback at every hidden block, bottleneck masks drawn anew in each "
+        "step, exact alignment",
         "corrected",
         choices=PROTOCOLS,
     )
     precision: str = option(
-        "of the training and the evaluation: float32, as in 2019; tf32, faster matrix "
-        "products on CUDA; bf16, mixed precision",
+        "arithmetic of training and evaluation: float32 as in 2019, tf32 for faster matrix "
+        "products on CUDA, or bf16 mixed precision",
         "float32",
         choices=PRECISIONS,
     )
@@ -97,36 +97,36 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Run(Settings):
-    """Everything that the results of a run depend on: equal runs give equal results."""
+    """All settings of a run; only a run with equal settings can resume its folder."""
 
     experiment: Experiment
     seed: int
     data_crc32: str | None = None
-    """The checksum of the data set's arrays, see `DataSet`."""
+    """Checksum of the data set's arrays, see `DataSet`."""
 
     @property
     def name(self) -> str:
-        """`<experiment> seed <n>`, as in logs."""
+        """`<experiment> seed <n>`, the run's name in logs."""
         return f"{self.experiment.name} seed {self.seed}"
 
     @property
     def settings(self) -> dict:
-        """All fields, as they are on disk."""
+        """All fields as nested dicts, as in `config.json`."""
         return json.loads(json.dumps(asdict(self)))
 
 
 class Trainer:
-    """The network of a run with its data, its optimizer and its random state, on one device.
+    """The network, data, optimizer and random state of a run, on one device.
 
         trainer.begin(epoch)
         while trainer.batches.left:
             trainer.step()
         loss, accuracy = trainer.training_totals()
 
-    Nothing in a step waits for the device.
+    No part of a step waits for the device.
 
     Raises:
-        UserError: the batch size leaves no batch, or the images are too small for the network.
+        UserError: the batch size gives no full batch, or the images are too small for the network.
     """
 
     def __init__(self, run: Run, data: DataSet, device: torch.device) -> None:
@@ -137,7 +137,7 @@ class Trainer:
         self.test = Loader(data.test, EVALUATION_BATCH, device)
         self.generator = torch.Generator(device).manual_seed(run.seed)
         self._autocast = torch.autocast(device.type, torch.bfloat16, run.precision == "bf16")
-        self._totals = torch.zeros(2, dtype=torch.float64, device=device)  # loss, correct answers
+        self._totals = torch.zeros(2, dtype=torch.float64, device=device)  # see `_totals`
         with process_state.alone():
             torch.manual_seed(run.seed)
             self.model = experiment.network.build(
@@ -149,7 +149,7 @@ class Trainer:
                 reduction=experiment.reduction,
                 training_method=experiment.training_method,
             ).to(device)
-            if device.type == "cpu":  # whose convolutions and poolings are faster in that order
+            if device.type == "cpu":  # convolutions and poolings are faster with channels last
                 self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             if experiment.prealigned:
                 self.batches.begin(0)
@@ -165,18 +165,18 @@ class Trainer:
         self._replay: Callable[[], None] | None = None  # launches a CUDA graph of several steps
 
     def begin(self, epoch: int, position: int = 0) -> None:
-        """Makes `step` take the batches of an epoch (from 1 up), from the given position on."""
+        """Begins an epoch (counted from 1) in train mode, at the batch with index `position`."""
         self.model.train()
         self.batches.begin(epoch, position)
         if position == 0:
             self._totals.zero_()
 
     def step(self) -> None:
-        """Trains on the next batch of the epoch, or on the next few, in one launch of a graph."""
+        """Trains on the next batch, or after `capture` on several batches in one launch."""
         if self._replay and self.batches.left % self._recorded == 0:
             self._order.copy_(self.batches.take_order(self._recorded))
             self._replay()
-        else:  # no graph, or the epoch was resumed between two launches
+        else:  # no graph, or the batches left do not fill whole launches
             self._steps(1, *self.batches.take())
 
     def _steps(self, count: int, x: Tensor, y: Tensor) -> None:
@@ -185,7 +185,7 @@ class Trainer:
         self._totals += _totals(torch.cat(outputs), torch.stack(losses).double().mean(), y)
 
     def learn(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Forward pass, backward pass and update on one batch; returns its output and mean loss."""
+        """Trains on one batch; returns its output, (N, classes), and its mean loss."""
         self._optimizer.zero_grad()
         with self._autocast:
             output = self.model(x)
@@ -195,7 +195,7 @@ class Trainer:
         return output.detach(), loss.detach()
 
     def training_totals(self) -> tuple[float, float]:
-        """Returns the mean loss and the running accuracy in percent of the epoch that has ended."""
+        """Returns the mean loss and the running accuracy in percent of the finished epoch."""
         return _means(self._totals, len(self.batches) * self.batches.batch_size)
 
     @torch.inference_mode()
@@ -209,9 +209,9 @@ class Trainer:
         return _means(_totals(output, loss, y), len(y))
 
     def alignment(self) -> dict[str, np.ndarray]:
-        """Returns for each layer the cosines of the first test images, float32 (samples,).
+        """Returns `{layer: cosines}` for the first test images, float32 (samples,).
 
-        Empty for other training methods than DFA.
+        The dict is empty for training methods other than DFA.
         """
         if self.run.experiment.training_method != "dfa":
             return {}
@@ -226,7 +226,7 @@ class Trainer:
         return dict(zip(cosines, rows))
 
     def state_dict(self) -> dict:
-        """Returns the state that `load_state_dict` resumes from, without the epoch's position."""
+        """Returns the state for `load_state_dict`, without the position in the epoch."""
         return {
             "model": self.model.state_dict(),
             "totals": self._totals,
@@ -234,18 +234,18 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Raises RuntimeError, or another error of PyTorch's, if `state` is not this network's."""
+        """Loads a `state_dict()`. Raises RuntimeError or another PyTorch error on a mismatch."""
         self.model.load_state_dict(state["model"])
         self._totals.copy_(state["totals"])
         self.generator.set_state(state["generator"])
 
     def capture(self) -> None:
-        """Records the next steps as a CUDA graph, several to a launch, with the same results.
+        """Records several training steps as a CUDA graph, which `step` launches from then on.
 
-        To be called in `gpu.own_stream`.
+        A launch gives the same weights as single steps. Call it in a `gpu.own_stream` block.
 
         Raises:
-            RuntimeError: the steps cannot be recorded.
+            RuntimeError: the steps cannot be recorded, for instance because the data is streamed.
         """
         if not self.batches.resident:
             raise RuntimeError("the data is streamed")
@@ -268,15 +268,15 @@ def train_run(
     epoch_ended: Callable[[Metrics], object] = lambda metrics: None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Trains a run to its end, or resumes it from its folder's checkpoint.
+    """Trains a run to its end, from the checkpoint in its folder if there is one.
 
     Args:
-        folder: its folder, whose lock the caller holds.
-        report: called with the lines of the log that are not of an epoch.
-        epoch_ended: called with the metrics of each epoch, once they are on disk.
-        stopped: once it returns True, the run ends after the step under way, with a checkpoint.
+        folder: the run's folder, locked by the caller.
+        report: called with each log line about the whole run, except its settings.
+        epoch_ended: called with the metrics of each epoch, after they are saved.
+        stopped: called before each step; True ends the training, with a checkpoint.
 
-    Raises UserError if the folder's checkpoint cannot be read, or is not this run's.
+    Raises UserError if the checkpoint cannot be read, or was saved by another run or device type.
     """
     run, batches, device = trainer.run, trainer.batches, trainer.device
 
@@ -308,10 +308,10 @@ def train_run(
         heading, settings = first_lines(run.name, run.settings, device)
         log(heading)
         folder.log(settings)
-        save(0, 0.0)  # or a kill in the first epoch would begin the log again
+        save(0, 0.0)  # else a run killed in its first epoch would log its heading again
     else:
         result.epochs, angles, position, seconds = _load_checkpoint(path, trainer)
-        folder.write_angles(angles)  # a kill between two files leaves this one an epoch behind
+        folder.write_angles(angles)  # after a kill, these two files may lack the last epoch
         folder.write_metrics(result.epochs)
         batch = f", batch {position}" if position else ""
         log(f"{run.name}: resuming after epoch {len(result.epochs)}{batch}")
@@ -319,7 +319,7 @@ def train_run(
         try:
             trainer.capture()
         except RuntimeError as error:
-            log(f"{run.name}: no CUDA graph, each step is a launch ({one_line(error)})")
+            log(f"{run.name}: training without a CUDA graph ({one_line(error)})")
 
     while not result.trained:
         start = time.perf_counter() - seconds
@@ -338,7 +338,7 @@ def train_run(
         elapsed = round(time.perf_counter() - start, 3)
         metrics = make_metrics(len(result.epochs) + 1, numbers, alignment, elapsed)
         result.epochs.append(metrics)
-        # The log first: after a kill it may have an epoch twice, but it lacks none.
+        # The log is written first: after a kill it may repeat an epoch, but never lacks one.
         folder.log(*epoch_lines(run.name, metrics, run.epochs))
         save(0, 0.0)
         epoch_ended(metrics)
@@ -346,7 +346,7 @@ def train_run(
         log(f"{run.name}: diverged in epoch {len(result.epochs)}, stopped")
     if device.type == "cuda":
         megabytes = torch.cuda.max_memory_allocated(device) / 1e6
-        log(f"{run.name}: peak of GPU memory {megabytes:.0f} MB, by all runs of the process so far")
+        log(f"{run.name}: peak GPU memory {megabytes:.0f} MB, of all runs in this process so far")
     folder.write("state.pt", lambda file: _save(dict(trainer.model.state_dict()), file))
     (folder.path / "checkpoint.pt").unlink(missing_ok=True)
 
@@ -354,19 +354,19 @@ def train_run(
 def _load_checkpoint(
     path: Path, trainer: Trainer
 ) -> tuple[list[Metrics], dict[str, np.ndarray], int, float]:
-    """Loads the trainer's state; returns the epochs, the angles, the position and the seconds."""
+    """Restores the trainer; returns metrics, angles, the position in the epoch and its seconds."""
     with user_errors(path, "move its folder away"):
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # PyTorch compares no checksums
+            damaged = archive.testzip()  # torch.load verifies no checksums
         if damaged:
             raise ValueError(f"{damaged} is damaged")
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        except UnpicklingError:  # whose message says how to execute it all the same
+        except UnpicklingError:  # its message explains how to run the file's code anyway
             raise ValueError("it holds more than tensors and plain values") from None
         if checkpoint["settings"] != trainer.run.settings:
             raise UserError(
-                f"{path} is another run's: put this run's back, or move its folder away"
+                f"{path} belongs to another run: restore the right file, or move the folder away"
             )
         if checkpoint["device"] != trainer.device.type:
             raise UserError(
@@ -381,18 +381,18 @@ def _load_checkpoint(
 
 
 def _save(content: dict, file: BinaryIO) -> None:
-    whole = io.BytesIO()  # PyTorch would make a RuntimeError of an OSError
+    whole = io.BytesIO()  # torch.save to a file turns an OSError into a RuntimeError
     torch.save(content, whole)
     file.write(whole.getbuffer())
 
 
 def environment(device: torch.device) -> dict:
     """Returns the versions, the device and the git commit of a run, for `config.json`."""
-    # Of this package: an installed copy may lie within the checkout of another project.
+    # Named explicitly: git could find another project's checkout around an installed copy.
     checkout = Path(__file__).resolve().parents[1] / ".git"
     command = ["git", f"--git-dir={checkout}", "rev-parse", "--verify", "HEAD"]
     commit = None
-    with suppress(OSError):  # there may be no git; outside of a checkout, it prints nothing
+    with suppress(OSError):  # git may be missing; outside a checkout, it prints nothing
         commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     return {
         "python": platform.python_version(),
@@ -405,7 +405,7 @@ def environment(device: torch.device) -> dict:
 
 
 def _totals(output: Tensor, mean_loss: Tensor, y: Tensor) -> Tensor:
-    """Returns the summed loss and the number of correct answers of a batch."""
+    """Returns the summed loss and the number of correct answers of a batch, float64 (2,)."""
     correct = (output.argmax(1) == y).sum()
     return torch.stack([mean_loss.double() * len(y), correct.double()])
 

@@ -319,7 +319,7 @@ def test_the_seconds_of_an_epoch_are_counted_over_its_interruption(tmp_path):
     ({"position": "one"}, "cannot be read"),
     ({"epochs": [{"epoch": 250}]}, "cannot be read"),
     ({"angles": Path("code")}, "it holds more than tensors and plain values"),
-    ({"settings": tiny.describe(DFA_RUN, seed=5).settings}, "is another run's"),
+    ({"settings": tiny.describe(DFA_RUN, seed=5).settings}, "belongs to another run"),
     ({"device": "cuda"}, "was written on cuda: resume there"),
 ])  # fmt: skip
 def test_a_checkpoint_that_cannot_be_resumed_is_one_line_and_stays(tmp_path, change, message):
