@@ -1,4 +1,4 @@
-"""Progress of a sweep: a bar on a terminal, plain lines elsewhere, and TensorBoard."""
+"""The progress of a sweep: a bar on a terminal, plain lines elsewhere, and TensorBoard files."""
 
 import sys
 import threading
@@ -18,14 +18,14 @@ BAR = "|{bar:10}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {desc}{postfix}"
 
 
 class Progress:
-    """Shows a whole sweep, whichever process trains its runs: epochs are read from their folders.
+    """Shows the progress of a whole sweep from its folders, including runs of other processes.
 
-    Threads may share it. On a terminal a bar counts runs and epochs, with the remaining time and
-    the numbers of the latest epoch. Elsewhere every epoch is a line.
+    On a terminal, a bar counts runs and epochs, and shows the remaining time and the metrics of the
+    latest epoch. Elsewhere, each epoch is a line. Threads may share an instance.
 
     Args:
-        runs: the unfinished runs, and their folders.
-        quiet: shows nothing.
+        runs: the unfinished runs and their folders.
+        quiet: True shows nothing.
     """
 
     def __init__(self, runs: Mapping[Run, RunFolder], quiet: bool) -> None:
@@ -41,19 +41,19 @@ class Progress:
         )
 
     def close(self) -> None:
-        """Shows the new epochs in the folders of all runs, and removes the bar."""
+        """Shows the new epochs of all runs, and removes the bar."""
         self._next_update = 0.0
         self.update()
         self._bar.close()
 
     def line(self, text: str) -> None:
-        """Shows a line of its own."""
+        """Prints a line above the bar."""
         if not self._quiet:
-            with tqdm.external_write_mode():  # the bar makes room
+            with tqdm.external_write_mode():  # clears the bar meanwhile
                 show(text)
 
     def update(self) -> None:
-        """Shows the new epochs in the folders of all runs, if the last update was a while ago."""
+        """Shows the new epochs of all runs, unless the last update was too recent."""
         with self._lock:
             start = time.monotonic()
             if start < self._next_update:
@@ -61,22 +61,22 @@ class Progress:
             for run in [*self._left]:
                 self._show(run)
             end = time.monotonic()
-            # Folders of a large sweep on a slow disk take time that the runs would have.
+            # For a large sweep on a slow disk, reading the folders takes time from the training.
             self._next_update = end + max(SECONDS_BETWEEN_UPDATES, 20 * (end - start))
 
     def update_run(self, run: Run) -> None:
-        """Shows the new epochs of one run: when it has ended, or its folder was renamed."""
+        """Shows the new epochs of one run, after it ended or its folder was renamed."""
         with self._lock:
             if run in self._left:
                 self._show(run)
 
     def _new_epochs(self, run: Run) -> list[Metrics]:
-        """Loads the epochs of a run that were not returned before."""
+        """Returns the epochs of a run since the last call, and drops a finished run."""
         try:
             result = self._left[run].load()
-        except UserError:  # the run's own process reports it
+        except UserError:  # the process that trains the run reports it
             return []
-        # A folder of another run, or of one that cannot be resumed, is renamed with --force.
+        # A folder with other settings has no epochs of this run; --force will rename it.
         epochs = result.epochs if result.settings == run.settings else []
         new = epochs[self._seen[run] :]
         self._seen[run] = len(epochs)
@@ -103,7 +103,7 @@ class Progress:
 
 
 def add_scalars(writer: Any, metrics: Metrics) -> None:
-    """Writes an epoch for TensorBoard, by a `SummaryWriter`."""
+    """Writes the metrics of one epoch to a TensorBoard `SummaryWriter`."""
     values = {
         "loss/train": metrics["train_loss"],
         "loss/test": metrics["test_loss"],

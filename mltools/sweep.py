@@ -1,8 +1,8 @@
 """The command line of the scripts, and the loop over experiments and seeds.
 
-The lock on a run's folder is the queue: any number of copies of a script share a sweep, started by
-torchrun, by Slurm or by hand. Each takes the unfinished runs whose lock is free, the longest first,
-and in the end waits for the others. The run of a copy that was killed is resumed by another one.
+Any number of copies of a script share a sweep, started by torchrun, by Slurm or by hand. The locks
+on the runs' folders are the queue: each copy trains the unfinished runs whose lock is free, the
+longest first, and then waits for the other copies. If a copy is killed, another resumes its runs.
 """
 
 import argparse
@@ -33,9 +33,9 @@ from mltools.progress import Progress, add_scalars
 from mltools.results import Metrics, RunFolder, RunResult, user_path
 from mltools.training import Experiment, Run, Settings, Trainer, option, train_run
 
-PARALLEL_ON_CUDA = 8  # on an H200, more bring no more
-STREAMS_ON_CUDA = 32  # that PyTorch keeps apart; runs that shared one would mix their work
-SECONDS_BETWEEN_LOCKS = 0.2  # when other threads or copies hold all runs that are left
+PARALLEL_ON_CUDA = 8  # on an H200, more parallel runs gain nothing
+STREAMS_ON_CUDA = 32  # size of PyTorch's stream pool; runs on one stream would mix their work
+SECONDS_BETWEEN_LOCKS = 0.2  # pause while other threads or copies train all unfinished runs
 
 
 def _count_or_auto(text: str) -> int | None:
@@ -48,31 +48,31 @@ def _count_or_auto(text: str) -> int | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Settings):
-    """The options of a script; a script that has more derives a class with more fields."""
+    """The options of every script; a script with more options defines a subclass."""
 
-    data_dir: Path = option("folder of the data sets; a missing one is fetched", type=user_path)
+    data_dir: Path = option("folder of data sets; most are downloaded if missing", type=user_path)
     results_dir: Path = option("folder of the results", type=user_path)
-    experiments: Sequence[str] = option("the experiments to run, see --list", (), nargs="+")
-    seeds: Sequence[int] = option("the seeds to run each experiment with", nargs="+", type=int)
+    experiments: Sequence[str] = option("names of experiments to run, see --list", (), nargs="+")
+    seeds: Sequence[int] = option("seeds to run each experiment with", nargs="+", type=int)
     device: str = option(
-        "cpu, cuda, cuda:N, or auto, which is cuda where there is a GPU; under torchrun, cuda is "
-        "another GPU for each process",
+        "cpu, cuda, cuda:N or auto (cuda if there is a GPU); under torchrun, cuda gives each "
+        "process its own GPU",
         "auto",
     )
     parallel_runs: int | None = option(
-        f"runs to train at once, or auto, which is {PARALLEL_ON_CUDA} on CUDA and 1 on a CPU, "
-        "whose threads the runs share",
+        f"number of runs to train at once, or auto ({PARALLEL_ON_CUDA} on CUDA, 1 on a CPU); runs "
+        "on a CPU share its threads",
         None,
         type=_count_or_auto,
     )
-    deterministic: bool = option("on CUDA too, the same seed gives the same bits; slower", False)
-    force: bool = option("rename a folder with other settings, and start anew", False)
-    quiet: bool = option("show nothing but the tables and errors", False)
-    tensorboard: bool = option("write each run's epochs for TensorBoard, into its folder", False)
-    tables_only: bool = option("train nothing, only write tables and figures", False)
+    deterministic: bool = option("give the same bits for the same seed on CUDA too; slower", False)
+    force: bool = option("rename run folders with other settings, and start anew", False)
+    quiet: bool = option("print only tables and errors", False)
+    tensorboard: bool = option("write TensorBoard files into the folders of the runs", False)
+    tables_only: bool = option("write tables and figures without training", False)
 
     def at_once(self) -> int:
-        """Returns how many runs to train at once."""
+        """Returns the number of runs to train at once."""
         if self.parallel_runs is None:
             return PARALLEL_ON_CUDA if self.device.startswith("cuda") else 1
         return self.parallel_runs
@@ -84,18 +84,18 @@ def parse_options(
     defaults: Options,
     experiments: Callable[[Any], Sequence[Experiment]],
 ) -> tuple[Options, list[Experiment]]:
-    """Reads the command line of a script, whose options are the fields of `defaults`.
+    """Parses the command line of a script, whose options are the fields of `defaults`.
 
     Args:
-        script: its name.
-        description: its docstring, for `--help`; None under `python -OO`.
+        script: the script's name, without `.py`.
+        description: the script's docstring, for `--help`; None under `python -OO`.
         defaults: the options of an empty command line.
-        experiments: returns all experiments that there are under the given options.
+        experiments: a function that returns all experiments of the script, given the options.
 
-    Returns: the options, and the experiments chosen. `--list` prints all of them and exits.
+    Returns: the options and the chosen experiments. `--list` prints all experiments and exits.
 
-    Raises UserError for an unknown experiment or device, a number out of range, or a results folder
-    that cannot be written to, or has no results of which to make tables.
+    Raises UserError for a wrong option, an unknown experiment, a results folder that cannot be
+    written to, or `--tables-only` without results.
     """
     parser = _Parser(
         prog=f"{script}.py",
@@ -112,7 +112,7 @@ def parse_options(
         elif default is None:
             shown = "auto"
         elif isinstance(default, Path):
-            argument["default"] = str(default)  # argparse converts only text
+            argument["default"] = str(default)  # argparse converts only defaults of type str
         elif isinstance(default, Iterable) and not isinstance(default, str):
             shown = " ".join(map(str, default)) or "all"
         parser.add_argument(
@@ -145,17 +145,17 @@ def parse_options(
 def run_sweep(
     results: Path, experiments: Sequence[Experiment], options: Options, data: DataSet
 ) -> None:
-    """Runs every experiment with every seed; runs that are finished already are skipped.
+    """Trains every experiment with every seed, and skips finished runs.
 
     The folder of a run is `<results>/<experiment>/seed-<n>`.
 
-    Ctrl-C, or a request to terminate, lets each run end its batch and write a checkpoint; a second
-    one ends the process at once, and costs no more than the epoch under way.
+    Ctrl-C or SIGTERM stops each run after its current `Trainer.step`, with a checkpoint. The same
+    signal again ends the process at once, and each run loses at most its current epoch.
 
     Raises:
         UserError: before any training, if the data does not fit the networks or the batch size, or
             if a run's folder cannot be resumed and `force` is not set.
-        KeyboardInterrupt: it was interrupted, and all runs have ended.
+        KeyboardInterrupt: a signal stopped the sweep, and all threads have ended.
     """
     _set_arithmetic(options)
     shared = {field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)}
@@ -182,10 +182,10 @@ def run_sweep(
 
 
 def _train(folders: Mapping[Run, RunFolder], options: Options, data: DataSet) -> None:
-    """Trains the runs whose locks are free, and waits until all are finished."""
+    """Trains the runs whose lock is free, until this and other copies have finished all runs."""
     device = torch.device(options.device)
     for split in (data.train, data.test):
-        split.resident(device)  # once, before runs share it
+        split.resident(device)  # loaded once, before several threads use it
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     left = dict(folders)
@@ -194,7 +194,7 @@ def _train(folders: Mapping[Run, RunFolder], options: Options, data: DataSet) ->
 
     def train(run: Run, folder: RunFolder) -> None:
         try:
-            if folder.check(run.settings).finished:  # by another copy, or another thread
+            if folder.check(run.settings).finished:  # another copy or thread trained it
                 return
         except UserError:
             if not options.force:
@@ -217,7 +217,7 @@ def _train(folders: Mapping[Run, RunFolder], options: Options, data: DataSet) ->
         try:
             while left and not stop.is_set():
                 for run, folder in list(left.items()):
-                    with suppress(Timeout), folder.lock():  # or it is held elsewhere
+                    with suppress(Timeout), folder.lock():  # skipped if locked elsewhere
                         if not stop.is_set():
                             train(run, folder)
                         if not stop.is_set():
@@ -226,13 +226,13 @@ def _train(folders: Mapping[Run, RunFolder], options: Options, data: DataSet) ->
                 if left:
                     time.sleep(SECONDS_BETWEEN_LOCKS)
         except BaseException:
-            stop.set()  # an error ends the other threads' runs as Ctrl-C does
+            stop.set()  # an error stops the other threads' runs, as Ctrl-C does
             raise
 
     with closing(progress), _stopped_by_signals(stop):
         if options.at_once() == 1:
-            # Not in a thread of its own: with more of OpenMP's threads than cores, they would
-            # sleep between any two products.
+            # In the main thread: another thread would start more OpenMP threads. If OpenMP has
+            # more threads than cores, they sleep between any two matrix products.
             work()
         else:
             with _threads_shared(options), ThreadPoolExecutor(options.at_once()) as pool:
@@ -244,7 +244,7 @@ def _train(folders: Mapping[Run, RunFolder], options: Options, data: DataSet) ->
 def load_runs(
     results: Path, experiments: Sequence[Experiment], seeds: Sequence[int]
 ) -> dict[str, list[RunResult]]:
-    """Loads the runs of a sweep: for each experiment one per seed, empty if it has not begun.
+    """Loads `{experiment name: runs}`, one run per seed; a run that has not begun is empty.
 
     Raises UserError if a file cannot be read.
     """
@@ -255,12 +255,12 @@ def load_runs(
 
 
 def is_first() -> bool:
-    """Returns whether this copy prints: of the copies that torchrun has started, only the first."""
+    """Returns whether this process prints: under torchrun, only the first process does."""
     return _torchrun("RANK") in (None, "0")
 
 
 def _torchrun(variable: str) -> str | None:
-    """Returns an environment variable that torchrun has set, or None without torchrun."""
+    """Returns an environment variable set by torchrun, or None without torchrun."""
     return os.environ[variable] if "TORCHELASTIC_RUN_ID" in os.environ else None
 
 
@@ -269,24 +269,24 @@ def _folder(results: Path, experiment: Experiment, seed: int) -> RunFolder:
 
 
 def _set_arithmetic(options: Options) -> None:
-    """Sets PyTorch's options for the whole process."""
+    """Sets PyTorch's precision, threads, device and determinism for the whole process."""
     precision = "tf32" if options.precision == "tf32" else "ieee"
     torch.backends.cuda.matmul.fp32_precision = precision
     torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]  # set at import
     copies = _torchrun("LOCAL_WORLD_SIZE")
     if copies and options.device == "cpu":
-        # torchrun has set OMP_NUM_THREADS to 1, so that PyTorch does not know.
+        # torchrun sets OMP_NUM_THREADS to 1, so PyTorch would leave cores idle.
         torch.set_num_threads(max(1, cores() // int(copies)))
     elif torch.device(options.device).index is not None:
-        torch.cuda.set_device(options.device)  # work that names no device shall not take the first
+        torch.cuda.set_device(options.device)  # else work without a named device uses cuda:0
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if options.deterministic != torch.are_deterministic_algorithms_enabled():
-        torch.use_deterministic_algorithms(options.deterministic)  # imports a lot
+        torch.use_deterministic_algorithms(options.deterministic)  # its imports are slow
 
 
 def _tensorboard(folder: RunFolder, options: Options) -> AbstractContextManager:
-    """Returns the TensorBoard writer of a run, or a context manager of None without the option."""
+    """Returns the TensorBoard writer of a run, or without the option a context manager of None."""
     if not options.tensorboard:
         return nullcontext()
     from torch.utils.tensorboard import SummaryWriter
@@ -296,7 +296,7 @@ def _tensorboard(folder: RunFolder, options: Options) -> AbstractContextManager:
 
 @contextmanager
 def _threads_shared(options: Options) -> Iterator[None]:
-    """Shares the threads of a CPU between runs at once."""
+    """Divides the threads of a CPU among the parallel runs, within a block."""
     threads = torch.get_num_threads()
     if options.device == "cpu":
         torch.set_num_threads(max(1, threads // options.at_once()))
@@ -308,7 +308,7 @@ def _threads_shared(options: Options) -> Iterator[None]:
 
 @contextmanager
 def _stopped_by_signals(stop: threading.Event) -> Iterator[None]:
-    """Makes the first Ctrl-C or SIGTERM set `stop`; the second one kills."""
+    """Sets `stop` on Ctrl-C or SIGTERM within a block; the same signal again ends the process."""
 
     def handle(number: int, frame: object) -> None:
         stop.set()
@@ -323,7 +323,7 @@ def _stopped_by_signals(stop: threading.Event) -> Iterator[None]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports bad usage in one line, as the scripts report every error."""
+    """Raises UserError for wrong usage, so that the scripts report it in one line."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
@@ -341,18 +341,18 @@ def _check_options(options: Options) -> None:
         raise UserError("--epochs must be at least 1 and --batch-size at least 2")
     in_range = all(0 <= seed < 2**63 for seed in options.seeds)
     if not in_range or len(set(options.seeds)) < len(options.seeds):
-        raise UserError("--seeds takes different numbers, from 0 to 2**63 - 1")
+        raise UserError("--seeds must be distinct numbers from 0 to 2**63 - 1")
     if not re.fullmatch(r"cpu|cuda(:(0|[1-9][0-9]?))?", options.device):
         raise UserError(f"--device must be auto, cpu, cuda or cuda:N, not {options.device!r}")
     device = torch.device(options.device)
     if device.type == "cuda":
         if (device.index or 0) >= torch.cuda.device_count():
             raise UserError(
-                f"--device {options.device} is not there: PyTorch sees "
+                f"--device {options.device} does not exist: PyTorch sees "
                 f"{torch.cuda.device_count()} CUDA devices"
             )
         if options.at_once() > STREAMS_ON_CUDA:
-            raise UserError(f"--parallel-runs takes at most {STREAMS_ON_CUDA} on CUDA")
+            raise UserError(f"--parallel-runs must be at most {STREAMS_ON_CUDA} on CUDA")
     elif options.precision == "tf32":
         raise UserError("--precision tf32 needs a CUDA device: choose float32 or bf16")
     if options.tensorboard and find_spec("tensorboard") is None:

@@ -147,7 +147,7 @@ def test_copies_of_torchrun_have_a_gpu_each(start, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
     monkeypatch.setenv("LOCAL_RANK", "1")
     code, _, err = start(best_practices.main, "--device", "cuda", "--results-dir", tmp_path)
-    assert code == 2 and "--device cuda:1 is not there: PyTorch sees 1 CUDA devices" in err
+    assert code == 2 and "--device cuda:1 does not exist: PyTorch sees 1 CUDA devices" in err
 
 
 @pytest.mark.parametrize("local, threads", [(1, 2), (2, 1), (5, 1)])
