@@ -1,6 +1,6 @@
-"""Several runs on one GPU: streams, CUDA graphs, and the state that a process has only once.
+"""Several runs on one GPU: streams, CUDA graphs, and a lock around process-wide state.
 
-Each run has a thread. On a CPU, of all this only the lock has work to do.
+Parallel runs are threads of one process. On a CPU, only the lock has an effect.
 """
 
 import threading
@@ -11,14 +11,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-LAUNCHES_AHEAD = 2  # of the device; enough that it never waits for the host
+LAUNCHES_AHEAD = 2  # graph launches queued at most; with two, the device never waits for the host
 
 _thread = threading.local()
-_graphs: dict[int, torch.cuda.CUDAGraph] = {}  # the latest of each stream
+_graphs: dict[int, torch.cuda.CUDAGraph] = {}  # the latest graph of each stream
 
 
 class SharedLock:
-    """A lock that one thread holds alone, or several hold together."""
+    """A readers-writer lock: one thread may hold it alone, or several threads together."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -26,14 +26,14 @@ class SharedLock:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Waits until no other thread is in a block of this lock."""
+        """Holds the lock in a block, once no other thread holds it."""
         with self._changed:
             self._changed.wait_for(lambda: self._together == 0)
             yield
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Waits until no other thread is in an `alone` block of this lock."""
+        """Holds the lock in a block, once no other thread holds it alone."""
         with self._changed:
             self._together += 1
         try:
@@ -45,25 +45,25 @@ class SharedLock:
 
 
 process_state = SharedLock()
-"""Held alone to change the default generators or to record a CUDA graph, of which a process can
-record one at a time; held together where the generators must stay as they are."""
+"""To be held alone while the default generators change or a CUDA graph is recorded (one at a time
+in a process), and together with other threads while the default generators must not change."""
 
 
 @contextmanager
 def own_stream(device: torch.device) -> Iterator[None]:
-    """Lets the block's work on CUDA run beside that of other threads; does nothing on a CPU."""
+    """Runs the CUDA work of a block on a stream of this thread; does nothing on a CPU."""
     if device.type != "cuda":
         yield
         return
-    if not hasattr(_thread, "stream"):  # one per thread, not per run: the device's queues are few
+    if not hasattr(_thread, "stream"):  # per thread, not per run: a device has few queues
         if device.index is not None:
-            torch.cuda.set_device(device)  # else PyTorch would take memory of the first one, too
+            torch.cuda.set_device(device)  # else PyTorch would also use memory of cuda:0
         _thread.stream = torch.cuda.Stream(device)
     with process_state.alone():
         free, total = torch.cuda.mem_get_info(device)
-        if free < total / 2:  # PyTorch keeps the memory of earlier graphs, and reuses it for none
+        if free < total / 2:  # PyTorch keeps the memory of freed graphs, but never reuses it
             torch.cuda.empty_cache()
-    # PyTorch's thread for backward passes is one per device: all runs would queue for it.
+    # PyTorch has one thread per device for backward passes: all runs would queue for it.
     with torch.cuda.stream(_thread.stream), torch.autograd.set_multithreading_enabled(False):
         yield
 
@@ -71,15 +71,15 @@ def own_stream(device: torch.device) -> Iterator[None]:
 def capture(
     steps: Callable[[], object], state: Sequence[Tensor], generator: torch.Generator
 ) -> Callable[[], None]:
-    """Records steps as a CUDA graph, and returns the function that launches it.
+    """Records `steps` as a CUDA graph, and returns a function that launches the graph.
 
-    `state` and `generator` are afterwards as they were. An earlier graph of the stream is freed. To
-    be called in `own_stream`, by the thread that holds `process_state` alone.
+    `state` and `generator` keep their values. An earlier graph of the stream is freed. Call it in
+    an `own_stream` block, in a thread that holds `process_state` alone.
 
     Args:
-        steps: works on tensors that stay where they are, on the current stream.
-        state: the tensors that it changes.
-        generator: the one that it draws from.
+        steps: works on the current stream, on tensors with fixed addresses.
+        state: the tensors that `steps` changes.
+        generator: the random generator that `steps` uses.
 
     Raises:
         RuntimeError: the steps cannot be recorded, for instance because they wait for the device.
@@ -93,14 +93,13 @@ def capture(
 
     stream = torch.cuda.current_stream().cuda_stream
     if before := _graphs.pop(stream, None):
-        before.reset()  # freed later, it would take the workspaces of cuBLAS that the new one uses
+        before.reset()  # freed later, it would free the cuBLAS workspaces of the new graph, too
     graph = torch.cuda.CUDAGraph()
     graph.register_generator_state(generator)
     try:
-        steps()  # in which libraries set themselves up
+        steps()  # a warm-up, in which libraries initialise themselves
         restore()
-        # `torch.cuda.graph` would wait for all that other threads have launched, and give their
-        # spare memory back to the device.
+        # `torch.cuda.graph` would wait for the work of all threads, and empty the memory cache.
         graph.capture_begin(capture_error_mode="thread_local")
         try:
             steps()
@@ -109,11 +108,11 @@ def capture(
     finally:
         restore()
     _graphs[stream] = graph
-    # The host waits here, asleep, for its earlier launches: within the driver it would spin.
+    # With blocking events, the host sleeps while the queue is full; otherwise it would spin.
     ended = deque(torch.cuda.Event(blocking=True) for _ in range(LAUNCHES_AHEAD))
 
     def launch() -> None:
-        ended[0].synchronize()  # at once if it was never recorded
+        ended[0].synchronize()  # returns at once if it was never recorded
         graph.replay()
         ended[0].record()
         ended.rotate(-1)

@@ -1,8 +1,8 @@
-"""Layers of `torch.nn`, made to train many networks at once, fast, with reproducible numbers.
+"""Layers of `torch.nn`, adapted to train many networks at once, fast and reproducibly.
 
-Linear, Conv2d            take their SGD step within the backward pass
-Tanh, MaxPool2d           change places in train mode, where they follow each other
-Dropout, ChannelDropout   draw from a generator of their own
+Linear, Conv2d            can do their SGD step in the backward pass
+Tanh, MaxPool2d           can swap their order in train mode, where pooling follows Tanh
+Dropout, ChannelDropout   can draw from a generator of their own
 """
 
 import torch
@@ -11,12 +11,12 @@ from torch.nn import functional as F
 
 
 class Linear(nn.Linear):
-    """An `nn.Linear` that can take the step of plain SGD within its backward pass.
+    """An `nn.Linear` that can do its step of plain SGD in the backward pass.
 
-    Where `lr`, the learning rate, is not None, a backward pass in train mode does
-    W <- W - lr (dL/dy)^T x in one matrix product, which adds to the weight in place, and the same
-    for the bias. The gradient is not written to memory and read again: `weight.grad` stays None,
-    and an optimizer skips it. A loss must then have one backward pass, and a layer one call in it.
+    If `lr`, the learning rate, is not None, a backward pass in train mode computes
+    W <- W - lr (dL/dy)^T x in place, in one matrix product, and updates the bias likewise. No
+    gradient is written to memory: `weight.grad` stays None, and an optimizer skips the weight. The
+    layer must then be called once per forward pass, and the loss have one backward pass.
 
     Shapes: (*, in_features) to (*, out_features).
     """
@@ -30,19 +30,19 @@ class Linear(nn.Linear):
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Computes F.linear, which takes about twice as long on an H100 for a 1-dimensional bias."""
+    """Computes `F.linear` with an expanded bias, which takes about half the time on an H100."""
     if bias is None or input.dim() != 2:
         return F.linear(input, weight, bias)
     return torch.addmm(bias.expand(len(input), -1), input, weight.t())
 
 
 class _LinearStep(torch.autograd.Function):
-    """`_linear`; backward: the gradient for the input, and a step of the weight and the bias."""
+    """`_linear`, whose backward pass returns `grad_input` and updates the weight and the bias."""
 
     @staticmethod
     def forward(ctx, input: Tensor, weight: Tensor, bias: Tensor | None, lr: float):
         ctx.save_for_backward(input)
-        # Not saved for backward, where autograd would object to the step.
+        # Not by save_for_backward: autograd refuses saved tensors that were changed in place.
         ctx.weight, ctx.bias, ctx.lr = weight, bias, lr
         return _linear(input, weight, bias)
 
@@ -58,7 +58,7 @@ class _LinearStep(torch.autograd.Function):
 
 
 class Conv2d(nn.Conv2d):
-    """An `nn.Conv2d`, padded with a number of zeros, that can take its SGD step like `Linear`.
+    """An `nn.Conv2d` that can do its SGD step like `Linear`, for zero padding of given width.
 
     Shapes: (N, in_channels, H, W) to (N, out_channels, H', W').
     """
@@ -72,7 +72,7 @@ class Conv2d(nn.Conv2d):
 
 
 class _Conv2dStep(torch.autograd.Function):
-    """F.conv2d; backward: the gradient for the input, and a step of the weight and the bias."""
+    """`F.conv2d`, whose backward pass returns `grad_input` and updates the weight and the bias."""
 
     @staticmethod
     def forward(ctx, input: Tensor, weight: Tensor, bias: Tensor | None, layer: Conv2d):
@@ -86,7 +86,7 @@ class _Conv2dStep(torch.autograd.Function):
         (input,) = ctx.saved_tensors
         weight, bias, lr = ctx.layer.weight, ctx.layer.bias, ctx.layer.lr
         stride, padding, dilation, groups = ctx.geometry
-        # torch.nn.grad's functions ignore the weight's memory format, and take longer.
+        # torch.nn.grad's functions ignore the weight's memory format, and are slower.
         grad_input, grad_weight, _ = torch.ops.aten.convolution_backward(
             grad_output, input, weight, None, stride, padding, dilation, False, (0, 0), groups,
             (ctx.needs_input_grad[0], True, False),
@@ -98,20 +98,20 @@ class _Conv2dStep(torch.autograd.Function):
 
 
 def _channel_sums(images: Tensor) -> Tensor:
-    """Sums (N, C, H, W) to (C,)."""
+    """Sums (N, C, H, W) over samples and pixels, to (C,)."""
     if not images.is_contiguous():  # channels last
         return images.sum((0, 2, 3))
-    # As a product with ones: on CUDA the sum takes up to four times as long.
+    # A matrix product with ones: on CUDA, `sum` takes up to four times as long.
     pixels = images.flatten(2)
     sums = pixels.flatten(0, 1) @ pixels.new_ones(pixels.shape[2])
     return sums.view(pixels.shape[:2]).sum(0)
 
 
 class Tanh(nn.Tanh):
-    """An `nn.Tanh` that can leave its work to the pooling behind it.
+    """An `nn.Tanh` that can leave its work to the pooling layer after it.
 
     Args:
-        pooled: whether a `MaxPool2d` with `tanh` set follows. In train mode, this layer then
+        pooled: True if a `MaxPool2d` with `tanh` set follows. In train mode, this layer then
             returns its input.
 
     Shapes: any, unchanged.
@@ -128,13 +128,13 @@ class Tanh(nn.Tanh):
 class MaxPool2d(nn.MaxPool2d):
     """An `nn.MaxPool2d` without padding, faster in train mode.
 
-    Where more than two windows overlap, CUDA adds up their gradients in no fixed order; if
-    PyTorch is asked for deterministic algorithms, the backward pass is that of `nn.MaxPool2d`.
+    Where more than two windows overlap, CUDA adds their gradients in no fixed order. Under
+    `torch.use_deterministic_algorithms`, the backward pass is therefore that of `nn.MaxPool2d`.
 
     Args:
-        kernel_size, stride: of the windows, in pixels.
-        tanh: whether a `Tanh` with `pooled` set is in front. In train mode, this layer then
-            applies tanh to its output, which is smaller: max(tanh(x)) = tanh(max(x)).
+        kernel_size, stride: size and distance of the windows, in pixels.
+        tanh: True if a `Tanh` with `pooled` set precedes. In train mode, this layer then applies
+            tanh to its output, which is smaller than the input: max(tanh(x)) = tanh(max(x)).
 
     Shapes: (N, C, H, W) to (N, C, H', W').
     """
@@ -149,12 +149,12 @@ class MaxPool2d(nn.MaxPool2d):
         if input.is_contiguous() and not torch.are_deterministic_algorithms_enabled():
             pooled = _MaxPool2d.apply(input, self.kernel_size, self.stride)
         else:
-            pooled = super().forward(input)  # as fast with channels last
+            pooled = super().forward(input)  # as fast for channels last
         return pooled.tanh() if self.tanh else pooled
 
 
 class _MaxPool2d(torch.autograd.Function):
-    """F.max_pool2d; backward: the gradient of a window goes to the place of its maximum."""
+    """`F.max_pool2d`, whose backward pass adds each window's gradient at the window's maximum."""
 
     @staticmethod
     def forward(ctx, input: Tensor, kernel_size: int, stride: int):
@@ -172,7 +172,7 @@ class _MaxPool2d(torch.autograd.Function):
 
 
 class Dropout(nn.Dropout):
-    """An `nn.Dropout` that draws from `generator`; None is the default generator of the device."""
+    """An `nn.Dropout` that draws from `generator`; None means the device's default generator."""
 
     generator: torch.Generator | None = None
 
@@ -188,7 +188,7 @@ class Dropout(nn.Dropout):
 
 
 class ChannelDropout(Dropout):
-    """An `nn.Dropout2d`, which drops channels of (N, C, H, W), with a generator of its own."""
+    """An `nn.Dropout2d`, which drops whole channels of (N, C, H, W), with a `generator`."""
 
     def _mask(self, input: Tensor) -> Tensor:
         return input.new_empty(*input.shape[:2], 1, 1)

@@ -15,20 +15,20 @@ ACTIVATIONS = {"tanh": Tanh, "relu": nn.ReLU, "leaky-relu": nn.LeakyReLU}
 
 @dataclass(frozen=True)
 class Network:
-    """Describes a network, without the sizes of its input and output."""
+    """The description of a network, without the sizes of its input and output."""
 
     architecture: str = "fc"
-    """`"fc"`: hidden Linear layers; `"cnn"`: three convolutions and one hidden Linear of 128."""
+    """`"fc"`: hidden Linear layers; `"cnn"`: three convolutions and a hidden Linear of size 128."""
     hidden: tuple[int, ...] = (800, 800, 800)
     """Sizes of the hidden layers of `"fc"`."""
     bottleneck: float | None = None
-    """Makes the second Linear of `"fc"` a `BottleneckLinear` with this `keep`."""
+    """If not None, the second Linear of `"fc"` is a `BottleneckLinear` with this `keep`."""
     activation: str = "tanh"
     """A key of ACTIVATIONS."""
     negative_slope: float | None = None
     """Slope of `"leaky-relu"` below zero."""
     batchnorm: bool = False
-    """Batch normalisation after each activation."""
+    """Adds batch normalisation after each activation."""
     dropout_input: float = 0.0
     """Dropout probability of input features (FC) or channels (CNN)."""
     dropout_fc: float = 0.0
@@ -42,20 +42,20 @@ class Network:
         mask_rows: int = 128,
         **dfa_options,
     ) -> nn.Sequential:
-        """Makes the network on the CPU; weights and feedback matrix are from the default generator.
+        """Builds the network on the CPU; the default generator draws weights and feedback matrix.
 
-        Its modules are called `lin1`, `conv1`, `act1`, `bn1`, `drop1`, `maxp1`, `flat`, `point1`
-        (the feedback point behind block 1), ..., and `dfa`.
+        Its modules are named `lin1`, `conv1`, `act1`, `bn1`, `drop1`, `maxp1`, `flat`, `point1`
+        (the feedback point after block 1), ..., and `dfa`.
 
         Args:
             input_shape: (channels, height, width) of an image.
             classes: size of the output.
-            protocol: `"corrected"` puts a feedback point after each hidden block; `"release"` makes
+            protocol: `"corrected"` for a feedback point after each hidden block; `"release"` for
                 the network of the 2019 release, see `mltools.release`.
-            mask_rows: under `"release"`, the largest number of samples in a batch.
-            dfa_options: the keyword arguments of `dfatools.DFA`.
+            mask_rows: the largest batch size, for the bottleneck's fixed masks under `"release"`.
+            dfa_options: keyword arguments of `dfatools.DFA`.
 
-        Raises UserError for images too small for the CNN's three poolings.
+        Raises UserError if the images are too small for the CNN's three poolings.
         """
         if protocol not in PROTOCOLS:
             raise ValueError(f"protocol must be one of {PROTOCOLS}, not {protocol!r}")
@@ -79,11 +79,11 @@ class Network:
         model.eval()(torch.zeros(1, *input_shape))  # draws the feedback matrix
         for layer in model:
             if isinstance(layer, FixedMaskLinear):
-                layer.draw_input_masks(mask_rows)  # last, so that the protocols begin alike
+                layer.draw_input_masks(mask_rows)  # last: both protocols get the same weights
         return model.train()
 
     def multiply_adds(self, input_shape: tuple[int, int, int], classes: int) -> int:
-        """Counts the multiply-adds of a forward pass on one image. Raises as `build` does."""
+        """Returns the multiply-adds of a forward pass on one image. Raises as `build` does."""
         x, count = torch.zeros(1, *input_shape), 0
         with torch.no_grad():
             for layer in self.build(input_shape, classes).eval():
@@ -111,7 +111,7 @@ class Network:
                 "poolings: at least 15x15 is needed; use the fc experiments, or upsample"
             )
         sizes = [channels, 32, 64, 64]
-        pooled = self.activation == "tanh" and not self.batchnorm  # Tanh is next to the pooling
+        pooled = self.activation == "tanh" and not self.batchnorm  # Tanh is right before pooling
         blocks = [
             {
                 f"conv{i}": Conv2d(sizes[i - 1], sizes[i], kernel_size=5, padding=2),
@@ -128,7 +128,7 @@ class Network:
         return [*blocks, hidden, {"lin2": Linear(128, classes)}]
 
     def _hidden(self, i: int, size: int) -> dict:
-        """Returns the modules that follow the i-th hidden Linear."""
+        """Returns the modules between the hidden Linear of block `i` and the next block."""
         return {
             f"drop{i}": _dropout(self.dropout_fc),
             f"act{i}": self._activation(),
