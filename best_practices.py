@@ -3,13 +3,13 @@
     python best_practices.py                                    as in 2019: CIFAR-10, 10 seeds
     python best_practices.py --experiments fc-tanh --seeds 0    one run
     python best_practices.py --protocol corrected --results-dir results/corrected
-                                                                DFA proper, measured exactly
-    python best_practices.py --dataset Digits --epochs 5        no data set needed
-    python best_practices.py --tables-only                      tables, figures of what is there
-    torchrun --nproc_per_node=8 best_practices.py               the runs spread over 8 GPUs
+                                                                DFA at every layer, exact alignment
+    python best_practices.py --dataset Digits --epochs 5        without a download
+    python best_practices.py --tables-only                      tables and figures of existing runs
+    torchrun --nproc_per_node=8 best_practices.py               all runs, spread over 8 GPUs
 
-Results go to results/best_practices/<experiment>/seed-<n>/, the tables, the figures and report.html
-to results/best_practices/. Finished runs are skipped, and interrupted ones are resumed.
+Each run is saved in results/best_practices/<experiment>/seed-<n>/; the tables, the figures and
+report.html are in results/best_practices/. Finished runs are skipped, interrupted runs are resumed.
 """
 
 import sys
@@ -29,7 +29,7 @@ from mltools.training import Experiment
 
 SCRIPT = "best_practices"
 OPTIONS = Options(
-    # TODO: set the folder of the data sets; a missing one is fetched.
+    # TODO: set the folder of the data sets; missing ones are downloaded.
     data_dir=Path("data"),
     # TODO: set the folder of the results.
     results_dir=Path("results"),
@@ -42,9 +42,9 @@ OPTIONS = Options(
     seeds=range(10),
 )
 RELEASE = Path(__file__).resolve().parent / "reference" / "release.json"
-# Hidden layers get the error summed over the batch, the output layer its mean.
+# As in 2019, hidden layers get the error summed over the batch, and the output layer gets the mean
+# loss's gradient; lr 5e-4 suits this. The library's default, the plain gradient, hides no factor.
 dfa = partial(Experiment, reduction="sum", learning_rate=5e-4)
-# Plain backpropagation under the mean loss.
 bp = partial(Experiment, training_method="bp")
 
 FC = Network("fc")
@@ -60,7 +60,7 @@ EXPERIMENTS = [
     dfa("fc-batchnorm", replace(FC, batchnorm=True)),
     dfa("fc-dropout-0.1-0.5", replace(FC, dropout_input=0.1, dropout_fc=0.5)),
     dfa("fc-dropout-0.1-0.1", replace(FC, dropout_input=0.1, dropout_fc=0.1)),
-    bp("fc-bp", FC, learning_rate=0.01),  # larger steps make its accuracy jump about
+    bp("fc-bp", FC, learning_rate=0.01),  # a larger rate makes the accuracy fluctuate
     dfa("cnn-tanh", CNN),
     dfa("cnn-no-normalization", CNN, normalization=False),
     dfa("cnn-batchnorm", replace(CNN, batchnorm=True)),
@@ -68,7 +68,8 @@ EXPERIMENTS = [
     dfa("cnn-dropout-0.1-0.1", replace(CNN, dropout_input=0.1, dropout_fc=0.1)),
     bp("cnn-bp", CNN, learning_rate=0.05),
 ]
-# The tables: title, architecture, and the layers whose alignment is shown.
+# The tables: title, architecture, and the layers in the alignment columns.
+# act1, act2, ... are the activations of the hidden blocks, in network order.
 ARCHITECTURES = [
     ("Fully connected", "fc", ["act1", "act2", "act3"]),
     ("Convolutional", "cnn", ["act1", "act2", "act3", "act4"]),
@@ -93,7 +94,7 @@ def main() -> None:
 def make_tables(
     experiments: list[Experiment], runs: dict[str, list[RunResult]]
 ) -> dict[str, Table]:
-    """Returns a table for each architecture, with the 2019 release's numbers beside ours."""
+    """Returns `{architecture: table}`, with the 2019 release's numbers below ours."""
     tables = {}
     for title, architecture, layers in ARCHITECTURES:
         rows = []
@@ -107,7 +108,7 @@ def make_tables(
 
 
 def make_figures(tables: dict[str, Table], folder: Path) -> list[Figure]:
-    """Draws the final alignment, and for each architecture the curves against epochs."""
+    """Draws the final alignment, and per architecture alignment and accuracy against epochs."""
     figures = [final_figure(tables.values(), folder / "alignment")]
     for architecture, table in tables.items():
         title = table.title.partition(":")[0]

@@ -3,13 +3,13 @@
     python bottleneck.py                              as published: 14 sizes, two initialisations
     python bottleneck.py --sizes 118 --init std       one run
     python bottleneck.py --protocol corrected --results-dir results/corrected
-                                                      DFA proper, measured exactly
-    python bottleneck.py --kind width                 a really narrow layer instead
-    python bottleneck.py --tables-only                table and figures of what is there
-    torchrun --nproc_per_node=8 bottleneck.py         the runs spread over 8 GPUs
+                                                      DFA at every layer, exact alignment
+    python bottleneck.py --kind width                 a narrow layer instead of masked gradients
+    python bottleneck.py --tables-only                table and figures of existing runs
+    torchrun --nproc_per_node=8 bottleneck.py         all runs, spread over 8 GPUs
 
-Results go to results/bottleneck/<experiment>/seed-<n>/, the table, the figures and report.html to
-results/bottleneck/. Finished runs are skipped, and interrupted ones are resumed.
+Each run is saved in results/bottleneck/<experiment>/seed-<n>/; the table, the figures and
+report.html are in results/bottleneck/. Finished runs are skipped, interrupted runs are resumed.
 """
 
 import sys
@@ -35,23 +35,23 @@ class BottleneckOptions(Options):
     """The options of this script."""
 
     sizes: Sequence[int] = option(
-        f"the bottleneck sizes, 1 to {WIDTH}", SIZES, nargs="+", type=int, metavar="B"
+        f"bottleneck sizes, from 1 to {WIDTH}", SIZES, nargs="+", type=int, metavar="B"
     )
     init: Sequence[str] = option(
-        "std: PyTorch's own initialisation; pai: pre-alignment",
+        "initialisations of the weights; std: PyTorch's default, pai: pre-alignment",
         ("std", "pai"),
         nargs="+",
         choices=("std", "pai"),
     )
     kind: str = option(
-        f"gradient: B of {WIDTH} gradient entries pass on average; width: the layer has B units",
+        f"gradient: keep B of {WIDTH} gradient entries on average; width: use a layer of B units",
         "gradient",
         choices=("gradient", "width"),
     )
 
 
 OPTIONS = BottleneckOptions(
-    # TODO: set the folder of the data sets; a missing one is fetched.
+    # TODO: set the folder of the data sets; missing ones are downloaded.
     data_dir=Path("data"),
     # TODO: set the folder of the results.
     results_dir=Path("results"),
@@ -78,7 +78,7 @@ def experiments(options: BottleneckOptions) -> list[Experiment]:
 
 
 def experiment(kind: str, init: str, size: int) -> Experiment:
-    """Returns three hidden layers, with the bottleneck in or instead of the second."""
+    """Returns an FC experiment whose second layer has masked gradients, or `size` units."""
     if kind == "gradient":
         name, network = f"{init}-{size}", Network(bottleneck=size / WIDTH)
     else:
