@@ -1,8 +1,8 @@
-# make demo    the paper's tables and a short bottleneck sweep on the embedded digits
-# make test    the tests
-# make soak    kills, full disks and damaged files at length: DFA_SOAK times 25 kills, and so on
-# make lint    style and types
-# Each sets up a virtual environment of its own first.
+# make demo    the paper's tables and a short bottleneck sweep on the data set Digits
+# make test    all tests
+# make soak    long tests of kills, full disks and damaged files: DFA_SOAK x 25 kills and more
+# make lint    style and type checks
+# Each target first creates the virtual environment .venv.
 
 PYTHON = python3
 VENV = .venv
@@ -29,7 +29,7 @@ lint: $(VENV)/installed-tests
 
 $(VENV)/installed: requirements.txt
 	$(if $(shell $(PYTHON) -c 'import sys; print(sys.version_info >= (3, 11) or "")' 2> /dev/null),,\
-		$(error $(PYTHON) is not Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=<one that is>))
+		$(error $(PYTHON) is not Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=<newer Python>))
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --requirement requirements.txt
 	touch $@
