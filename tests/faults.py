@@ -1,7 +1,7 @@
 """Kills a process at a chosen point of its writing, for the tests of faults.
 
-`make test` has a few faults of each kind. `make soak` sets `DFA_SOAK`: tests have that many times
-25 kills of a process, 3 kills of one of two that share a sweep, and 60 damaged copies of each file.
+`make test` runs a few faults of each kind. `make soak` runs `DFA_SOAK` times 25 kills of a process,
+3 kills of one of two copies that share a sweep, and 60 damaged copies of each file.
 """
 
 import builtins
@@ -24,14 +24,14 @@ SOAK = int(os.environ.get("DFA_SOAK", "0"))
 
 
 def run(script: str, arguments: list[str], results: Path, point: Point | None, note: Path) -> None:
-    """Runs a script's main on tiny images in this process, and kills it at a point of its writing.
+    """Runs a script's main on tiny images in this process, and kills the process at a given point.
 
-    Points are writes below `results`, of which one half gets to the file, and syncs, renames and
-    removals of files, which do not happen. They are counted by kind, such as "write log.txt".
+    A point is the middle of a write below `results`, or the instant before an fsync, a rename or a
+    removal of any file. Points are counted by kind, such as "write log.txt".
 
     Args:
-        point: the kind, and the number from 1; nothing is killed if it is None.
-        note: a file that gets how many points there were of each kind, as JSON.
+        point: the kind, and the number from 1; None kills nothing.
+        note: the file in which the number of points of each kind is saved, as JSON.
     """
     points: Counter[str] = Counter()
     real_open = builtins.open
@@ -47,7 +47,7 @@ def run(script: str, arguments: list[str], results: Path, point: Point | None, n
         file = real_open(path, mode, *args, **options)
         below = isinstance(path, (str, Path)) and Path(path).is_relative_to(results)
         if below and mode[0] in "wax":
-            # A temporary file is called .<name>.<random>.
+            # The name of a temporary file is .<name>.<random>.
             name = Path(path).name
             kind = f"write {name if name[0] != '.' else name[1:].rsplit('.', 1)[0]}"
             write = file.write
@@ -75,7 +75,7 @@ def run(script: str, arguments: list[str], results: Path, point: Point | None, n
         setattr(os, name, before(getattr(os, name), name))
     module = importlib.import_module(script)
     module.load_dataset = lambda *_: tiny((1, 15, 16), train=200)
-    Figure.savefig = lambda figure, file, **options: file.write(b"drawn")  # drawing takes long
+    Figure.savefig = lambda figure, file, **options: file.write(b"drawn")  # drawing is slow
     sys.argv = [script, *arguments]
     sys.stdout = real_open(os.devnull, "w")
     code = exit_code(module.main)

@@ -1,6 +1,6 @@
-"""Damaged files: each is loaded right, or reported in one line without a traceback.
+"""A damaged file is loaded correctly, or reported in one line without a traceback.
 
-Seeded dice damage the files of two short runs and of two data sets in every way that comes to mind.
+Seeded random mutations damage a checkpoint, a data set, config.json and metrics.jsonl.
 """
 
 import io
@@ -25,14 +25,14 @@ pytestmark = pytest.mark.usefixtures("one_thread", "quick_figures")
 
 NAME = "std-18"
 EXPERIMENT = Experiment(NAME, Network(hidden=(8, 7)), learning_rate=0.1)
-MUTANTS = max(24, 60 * SOAK)  # of each kind of file
+MUTANTS = max(24, 60 * SOAK)  # damaged copies of each file
 
 
-# Mutations: of the bytes of a file, with those of another file of its kind
+# Mutations of a file's bytes; `other` has the bytes of another file of the same kind
 
 
 def place(dice, data):
-    """Anywhere, but more often where headers and directories are."""
+    """Draws a position, more often near the ends, where headers and directories are."""
     start, end = dice.choice(((0, None), (0, None), (0, 120), (-200, None)))
     return dice.choice(range(len(data))[start:end])
 
@@ -50,7 +50,7 @@ def flip_bits(dice, data, other):
 
 
 def replace_block(dice, data, other):
-    """A block becomes nothing, zeros, random bytes, or a block of the other file."""
+    """Replaces a block by nothing, zeros, random bytes, or a block of the other file."""
     (start, end), (a, b) = block(dice, data), block(dice, other)
     size = end - start
     new = dice.choice((b"", bytes(size), dice.randbytes(size), other[a:b]))
@@ -74,7 +74,7 @@ def lines(dice, data, other):
 
 
 def value(dice, data, other):
-    """A value somewhere in JSON becomes something else."""
+    """Replaces a value in JSON by another; flips bits if the file has none."""
     values = list(re.finditer(rb'"\w+": (-?[\d.]+|null|"[^"]*")', data))
     if not values:
         return flip_bits(dice, data, other)
@@ -88,7 +88,7 @@ MUTATIONS = flip_bits, replace_block, insert, lose_an_end, lines, value
 
 
 def mutants(kind, data, other):
-    """Damaged copies of a file; each mutation has its turn."""
+    """Yields damaged copies of a file, with each mutation in turn."""
     for number in range(MUTANTS):
         dice, mutant = random.Random(f"{kind} {number}"), data
         while mutant in (data, other):
@@ -101,7 +101,7 @@ def mutants(kind, data, other):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two finished runs, with the checkpoint of their second epoch."""
+    """Trains two runs to their end, and keeps the checkpoint of their last epoch."""
     results = tmp_path_factory.mktemp("results")
     for seed in (0, 1):
         path = results / "best_practices" / NAME / f"seed-{seed}"
@@ -116,7 +116,7 @@ def a_copy(runs, tmp_path):
 
 
 def loaded_or_reported(load, path, mutant):
-    """Loads a mutant; returns None if its damage is reported."""
+    """Loads a mutant; returns None if a one-line UserError reports its damage."""
     path.write_bytes(mutant)
     try:
         return load()
@@ -126,7 +126,7 @@ def loaded_or_reported(load, path, mutant):
         return None
 
 
-def test_a_damaged_checkpoint_is_reported_or_resumed_right(runs, tmp_path):
+def test_a_damaged_checkpoint_is_reported_or_resumed_correctly(runs, tmp_path):
     path, _ = a_copy(runs, tmp_path)
     checkpoint = path / "checkpoint.pt"
     whole, other = ((runs / f"checkpoint-{seed}.pt").read_bytes() for seed in (0, 1))
@@ -140,7 +140,7 @@ def test_a_damaged_checkpoint_is_reported_or_resumed_right(runs, tmp_path):
     assert reported > MUTANTS / 2
 
 
-def test_a_damaged_data_set_is_reported_or_loaded_right(tmp_path):
+def test_a_damaged_data_set_is_reported_or_loaded_correctly(tmp_path):
     def data_set(seed):
         dice, file = np.random.default_rng(seed), io.BytesIO()
         arrays = {}
@@ -162,7 +162,7 @@ def test_a_damaged_data_set_is_reported_or_loaded_right(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl"])
-def test_tables_of_damaged_results_are_whole_or_one_line(runs, tmp_path, start, monkeypatch, name):
+def test_damaged_results_give_tables_or_one_error_line(runs, tmp_path, start, monkeypatch, name):
     experiment = replace(best_practices.EXPERIMENTS[0], name=NAME)
     monkeypatch.setattr(best_practices, "EXPERIMENTS", [experiment])
     one, other = (path / name for path in a_copy(runs, tmp_path))
@@ -181,7 +181,7 @@ def test_tables_of_damaged_results_are_whole_or_one_line(runs, tmp_path, start, 
 
 
 @pytest.mark.parametrize("name", ["table.csv", "report.html"])
-def test_results_that_cannot_be_written_are_one_line(tmp_path, start, name):
+def test_results_that_cannot_be_written_are_reported_in_one_line(tmp_path, start, name):
     blocked = tmp_path / "best_practices" / name
     blocked.mkdir(parents=True)
     arguments = ("--tables-only", "--results-dir", tmp_path, "--experiments", "fc-tanh")

@@ -1,4 +1,4 @@
-"""A disk that is full ends a run with one line, and costs nothing that was finished."""
+"""A full disk ends a run with one error line, and leaves the run resumable."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ ROOM_FOR_ONE = 12  # MB: a second checkpoint does not fit beside the first
 
 @pytest.fixture
 def small_disk(tmp_path, request):
-    """A disk of `request.param` MB."""
+    """Mounts a disk of `request.param` MB; skips the test where this is not allowed."""
     disk = tmp_path / "disk"
     disk.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={request.param}m", "tmpfs", disk]
@@ -34,12 +34,12 @@ def small_disk(tmp_path, request):
 @pytest.mark.parametrize(
     "small_disk", range(1, 17) if SOAK else [ROOM_FOR_ONE], indirect=True, ids="{}-MB".format
 )
-def test_a_full_disk_ends_a_run_that_is_resumed_once_there_is_room(start, small_disk, tmp_path):
+def test_a_run_ended_by_a_full_disk_is_resumed_once_there_is_room(start, small_disk, tmp_path):
     code, _, err = start(best_practices.main, *COMMAND, small_disk / "results")
     assert code == 1 and err.count("\n") == 1
     assert err.startswith("error: ") and "No space left on device" in err
     if shutil.disk_usage(small_disk).total >= ROOM_FOR_ONE * 1e6:
-        assert checkpoint_of(small_disk / RUN)["epochs"] == []  # the one before
+        assert checkpoint_of(small_disk / RUN)["epochs"] == []  # the first checkpoint is kept
     subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
     for folder in (small_disk, tmp_path):
         assert start(best_practices.main, *COMMAND, folder / "results")[0] == 0

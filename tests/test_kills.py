@@ -1,6 +1,6 @@
-"""Runs that are killed at any instant, and end as if nothing had been.
+"""A run that is killed at any instant and resumed gives the results of an uninterrupted run.
 
-Real training processes, killed in the middle of their writes and at random times.
+Real training processes are killed in the middle of their writes and at random times.
 """
 
 import itertools
@@ -18,7 +18,7 @@ import tiny
 from mltools.logs import parse_log
 
 EPOCHS = 3
-SCENARIOS = {  # script, arguments, and its share of 25 kills
+SCENARIOS = {  # script, arguments, and number out of 25 kills
     "fc-dropout": ("best_practices", ("--experiments", "fc-dropout-0.1-0.5"), 8),
     "fc-batchnorm": ("best_practices", ("--experiments", "fc-batchnorm"), 7),
     "cnn": ("best_practices", ("--experiments", "cnn-dropout-0.1-0.1"), 2),
@@ -33,7 +33,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def processes():
-    """Forks from a process that has imported everything: a start costs little."""
+    """Forks from a process that has imported everything, so that a start is fast."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["faults", "best_practices", "bottleneck", "torch._dynamo"])
     return context
@@ -49,7 +49,7 @@ def start(processes, scenario, results, point, note):
 
 
 def outcome(results):
-    """All that a sweep leaves but times."""
+    """Returns all results of a sweep except times; the log must have the same epochs."""
     (path,) = results.glob("*/*/seed-3")
     tables = {file.name: file.read_text() for file in sorted(results.glob("*/table.*"))}
     (logged,), _ = parse_log((path / "log.txt").read_bytes())
@@ -58,7 +58,7 @@ def outcome(results):
 
 
 def finished_epochs(results):
-    """The epochs of the checkpoint, or of the run if it is finished."""
+    """Returns the number of epochs in the checkpoint, or all of them for a finished run."""
     for path in results.glob("*/*/seed-3"):
         if (path / "checkpoint.pt").exists():
             return len(tiny.checkpoint_of(path)["epochs"])
@@ -68,7 +68,7 @@ def finished_epochs(results):
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_killed_at_any_instant_it_ends_as_if_nothing_had_been(processes, scenario, tmp_path):
+def test_a_run_killed_at_any_instant_gives_the_same_results(processes, scenario, tmp_path):
     note = tmp_path / "note"
     began = time.monotonic()
     process = start(processes, scenario, tmp_path / "whole", None, note)
@@ -99,7 +99,7 @@ def test_killed_at_any_instant_it_ends_as_if_nothing_had_been(processes, scenari
             if code:
                 assert code == -signal.SIGKILL
                 kills["by the clock" if by_clock else kind] += 1
-            assert finished_epochs(results) >= reached, "an epoch that was finished is lost"
+            assert finished_epochs(results) >= reached, "a finished epoch is lost"
             reached = finished_epochs(results)
         assert outcome(results) == expected
         if kills.total() >= quota:

@@ -1,4 +1,4 @@
-"""Copies of a script that share a sweep: started by hand or by torchrun, and killed."""
+"""Copies of a script, started by hand or by torchrun, share a sweep, even if a copy is killed."""
 
 import os
 import random
@@ -30,7 +30,7 @@ FOLDER = Path("best_practices/fc-batchnorm/seed-0")
 
 @pytest.fixture
 def script(tmp_path):
-    """Starts copies of best_practices.py, of one thread each; their output goes to files."""
+    """Returns a function that starts a copy of best_practices.py, with its output in a file."""
     started = []
 
     def script(results, *command, launcher=()):
@@ -54,7 +54,7 @@ def script(tmp_path):
 
 @pytest.fixture
 def two_cores():
-    """Gives a core to each of two copies."""
+    """Restricts this process, and the copies that it starts, to two cores."""
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, sorted(cores)[:2])
     yield
@@ -68,8 +68,8 @@ def wait_for(condition):
         time.sleep(0.02)
 
 
-def test_a_copy_takes_the_runs_of_one_that_was_killed(script, tmp_path, six_runs):
-    """One of two copies is killed again and again, at random instants, and started again."""
+def test_a_sweep_with_a_repeatedly_killed_copy_gives_the_same_results(script, tmp_path, six_runs):
+    """One of two copies is repeatedly killed at random instants and restarted."""
     expected, duration = six_runs
     dice, kills, sweeps = random.Random(8), 0, 0
     while kills < KILLS:
@@ -95,7 +95,7 @@ def test_a_copy_takes_the_runs_of_one_that_was_killed(script, tmp_path, six_runs
     print(f"{kills} kills in {sweeps} sweeps")
 
 
-def test_torchrun_starts_copies_of_which_one_prints(script, tmp_path, six_runs, two_cores):
+def test_torchrun_copies_share_a_sweep_and_only_one_prints(script, tmp_path, six_runs, two_cores):
     torchrun = script(tmp_path, *SIX_RUNS, launcher=TORCHRUN)
     assert torchrun.wait() == 0, torchrun.output.read_text()
     assert sweep_outcome(tmp_path) == six_runs[0]
@@ -103,7 +103,7 @@ def test_torchrun_starts_copies_of_which_one_prints(script, tmp_path, six_runs, 
     assert output.count("| fc-batchnorm ") == 1 and output.count(": epoch ") == 12
 
 
-def test_a_copy_waits_for_a_run_that_another_one_holds_and_shows_it(script, tmp_path):
+def test_a_copy_waits_for_a_run_of_another_copy_and_shows_its_epochs(script, tmp_path):
     first = script(tmp_path, *LONG_RUN, "--epochs", "20")
     wait_for((tmp_path / FOLDER).exists)
     second = script(tmp_path, *LONG_RUN, "--epochs", "20")
@@ -112,7 +112,7 @@ def test_a_copy_waits_for_a_run_that_another_one_holds_and_shows_it(script, tmp_
     assert ": epoch 20/20: " in second.output.read_text()
 
 
-def test_ctrl_c_ends_the_copies_of_torchrun_with_checkpoints(script, tmp_path):
+def test_ctrl_c_stops_torchrun_copies_with_checkpoints(script, tmp_path):
     torchrun = script(tmp_path, *LONG_RUN, "--seeds", "0", "1", launcher=TORCHRUN)
     paths = [(tmp_path / FOLDER).with_name(f"seed-{seed}") for seed in (0, 1)]
     # Either process may start seconds after the other.
@@ -125,7 +125,7 @@ def test_ctrl_c_ends_the_copies_of_torchrun_with_checkpoints(script, tmp_path):
         assert len(checkpoint_of(path)["epochs"]) >= 1
 
 
-def test_copies_with_force_rename_a_folder_once_and_not_while_it_is_in_use(
+def test_copies_with_force_rename_a_folder_once_and_not_while_it_is_locked(
     script, start, tmp_path, one_thread
 ):
     command = [*LONG_RUN, "--seeds", "0", "1"]
@@ -142,7 +142,7 @@ def test_copies_with_force_rename_a_folder_once_and_not_while_it_is_in_use(
     assert len(metrics_of(tmp_path / FOLDER)) == 2
 
 
-def test_copies_of_torchrun_have_a_gpu_each(start, tmp_path, monkeypatch):
+def test_each_torchrun_copy_gets_its_own_gpu(start, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -151,14 +151,14 @@ def test_copies_of_torchrun_have_a_gpu_each(start, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("local, threads", [(1, 2), (2, 1), (5, 1)])
-def test_copies_of_torchrun_share_the_cores(monkeypatch, one_thread, two_cores, local, threads):
+def test_torchrun_copies_share_the_cores(monkeypatch, one_thread, two_cores, local, threads):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
     run_sweep(None, [], options(), None)
     assert torch.get_num_threads() == threads
 
 
-def test_other_launchers_variables_change_nothing(start, tmp_path, monkeypatch):
+def test_variables_of_other_launchers_change_nothing(start, tmp_path, monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "3")
     code, out, _ = start(best_practices.main, "--list")
