@@ -1,4 +1,4 @@
-"""Results and logs of runs that were never trained, and figures not drawn."""
+"""Makes results and logs without training, and records figures without drawing them."""
 
 import json
 from pathlib import Path
@@ -15,11 +15,11 @@ def made_run(
     """Makes the result of a finished run.
 
     Args:
-        test: the test accuracy of each epoch; the train accuracy is higher by 10.
-        cosines: layer to its mean cosine in each epoch, or None in an epoch that lacks it.
-        loss: the train loss of each epoch; None if the run diverged.
-        root: the folder that holds the experiments.
-        settings: take the place of those below; `epochs` above len(test) is an unfinished run.
+        test: the test accuracy of each epoch; the train accuracy is 10 points higher.
+        cosines: {layer: its mean cosine in each epoch}; None omits the layer in that epoch.
+        loss: the train loss of each epoch; None makes the run diverged.
+        root: the folder of the experiments.
+        settings: override the defaults below; `epochs` above `len(test)` makes the run unfinished.
     """
     common = {"dataset": "tiny", "epochs": len(test), "batch_size": 8}
     common |= {"experiment": {"name": name}, "protocol": "release", "seed": seed}
@@ -45,7 +45,7 @@ def made_run(
 
 
 def save_run(run):
-    """Writes config.json and metrics.jsonl."""
+    """Writes config.json and metrics.jsonl of a run; returns the run."""
     folder = RunFolder(run.path)
     folder.start(run.settings, run.environment)
     folder.write_metrics(run.epochs)
@@ -56,7 +56,7 @@ STAMP = "2026-11-23 16:56:17"
 
 
 def metrics(epoch, shift=0.0):
-    """Makes the metrics of an epoch of `own_log`."""
+    """Returns the metrics of one epoch of `own_log`."""
     return {
         "epoch": epoch,
         "train_loss": round(2.0 - epoch / 10 + shift, 4), "train_accuracy": 30.125 + epoch,
@@ -77,7 +77,7 @@ def settings_of(experiment="fc-tanh", seed=0, epochs=5, batch_size=128, dataset=
 
 
 def own_log(experiment="fc-tanh", seed=0, epochs=5, shift=0.0):
-    """A whole log of ours, written without the code that is tested."""
+    """Makes a complete log in our format, without the code under test."""
     lines = [
         f"{epochs} epochs of CIFAR-10 on cpu",
         f"settings {json.dumps(settings_of(experiment, seed, epochs))}",
@@ -97,7 +97,7 @@ FC = ("0_Linear(in=3072)", "1_Tanh()", "2_Bottleneck(in=800)", "3_Tanh()", "4_Li
 
 
 def release_log(rate="0.8525", init="STD", epochs=4, layers=FC, seed=0):
-    """Makes a log of the 2019 release, with its colours and its progress; by default of std-118."""
+    """Makes a log in the 2019 release's format, with colours and progress; std-118 by default."""
     lines = [
         "\x1b[33m\x1b[1mEstablishing Baselines\x1b[0m\x1b[33m",
         f"Seeding with \x1b[1m{seed}\x1b[0m.",
@@ -117,7 +117,7 @@ def release_log(rate="0.8525", init="STD", epochs=4, layers=FC, seed=0):
 
 
 def record_figures(monkeypatch):
-    """Returns a list that gets each figure when it is saved; its files stay empty."""
+    """Returns a list to which each saved figure is appended; the figures' files stay empty."""
     saved = []
 
     def savefig(figure, file, format, **options):

@@ -1,4 +1,4 @@
-"""Data sets, loaders and the error lines of bad files, against independent formulas."""
+"""Data sets and batches agree with independent formulas; a bad file is reported in one line."""
 
 import io
 import os
@@ -19,11 +19,11 @@ from mltools import data
 from mltools.data import DATASETS, Info, Loader, Split, TrainingLoader, load_dataset
 from mltools.errors import UserError
 
-CIFAR = Info((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), 10, "CIFAR10")  # of 2019
+CIFAR = Info((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), 10, "CIFAR10")  # as in 2019
 
 
 def arrays(train=23, test=7, shape=(4, 5, 3), **replaced):
-    """Random data in the form of the npz files."""
+    """Draws the arrays of an npz file; `replaced` overrides some of them."""
     rng = np.random.default_rng(0)
     result = {}
     for split, count in (("train", train), ("test", test)):
@@ -39,19 +39,19 @@ def npz(**replaced):
 
 
 def normalised(x, info=CIFAR):
-    """[N, H, W, C] to [N, C, H, W], in float64."""
+    """Normalises images [N, H, W, C] to [N, C, H, W], in float64."""
     return ((x / 255.0 - np.array(info.mean)) / np.array(info.std)).transpose(0, 3, 1, 2)
 
 
 def numbered(count=23):
-    """A split whose i-th image has i as its pixel (0, 0, 0) and as its label."""
+    """Makes a split whose i-th image has the label i, and i as its pixel (0, 0, 0)."""
     x = torch.zeros(count, 3, 4, 5, dtype=torch.uint8)
     x[:, 0, 0, 0] = torch.arange(count)
     return Split(TensorDataset(x, torch.arange(count)), CIFAR.mean, CIFAR.std)
 
 
 def numbers(batches):
-    """The numbers of the samples in batches of a `numbered` split, from images and labels."""
+    """Returns the numbers of the samples in `numbered` batches; images and labels must agree."""
     x, y = (torch.cat(tensors).cpu() for tensors in zip(*batches))
     assert x.shape[1:] == (3, 4, 5) and (x.dtype, y.dtype) == (torch.float32, torch.int64)
     pixel = (x[:, 0, 0, 0] * CIFAR.std[0] + CIFAR.mean[0]) * 255
@@ -60,7 +60,7 @@ def numbers(batches):
 
 
 def error_line(name, folder):
-    """The message of the UserError of a data set that cannot be loaded."""
+    """Returns the one-line message of the UserError that loading a data set raises."""
     with pytest.raises(UserError) as caught:
         load_dataset(name, folder)
     assert "\n" not in str(caught.value)
@@ -75,7 +75,7 @@ def device(request):
 @pytest.fixture(params=[True, False], ids=["resident", "streamed"])
 def resident(request, monkeypatch):
     monkeypatch.setattr(data, "fits", lambda size, device: request.param)
-    monkeypatch.setattr(data, "cores", lambda: 1)  # worker process
+    monkeypatch.setattr(data, "cores", lambda: 1)  # one worker process
     return request.param
 
 
@@ -102,27 +102,27 @@ def test_an_npz_file_is_normalised(tmp_path, shape, label_type, label_shape):
         np.testing.assert_allclose(x, normalised(images, info), rtol=0, atol=2e-6)
         np.testing.assert_array_equal(y, content[f"y_{split}"])
     joined = b"".join(content[key].tobytes() for key in ("x_train", "y_train", "x_test", "y_test"))
-    assert loaded.crc32 == f"{zlib.crc32(joined):08x}"  # whatever the type of the labels
+    assert loaded.crc32 == f"{zlib.crc32(joined):08x}"  # the same for all label types
 
 
-def test_digits_come_with_the_code_and_are_enlarged_bilinearly(tmp_path):
+def test_digits_are_embedded_and_enlarged_bilinearly(tmp_path):
     digits = load_dataset("Digits", tmp_path / "absent")
     assert not (tmp_path / "absent").exists()
     assert (digits.classes, digits.input_shape) == (10, (1, 32, 32))
     assert (len(digits.train), len(digits.test)) == (1500, 297)
-    assert digits.crc32 == "280cb963"  # as in earlier results
+    assert digits.crc32 == "280cb963"  # recorded in earlier results
     x, _ = digits.train.resident(torch.device("cpu"))
     assert abs(x.mean()) < 1e-3 and abs(x.std() - 1) < 1e-3
     with np.load(Path(data.__file__).with_name("digits.npz")) as archive:
         small = archive["x_train"].astype(float)
-    # A matrix of weights per axis: output pixel i lies at (i + 1/2) / 4 - 1/2, clamped.
+    # Weights of an axis: output pixel i is interpolated at (i + 1/2) / 4 - 1/2, clamped.
     at = np.clip((np.arange(32) + 0.5) / 4 - 0.5, 0, 7)
     weights = np.maximum(0, 1 - np.abs(at[:, None] - np.arange(8)))
     pixels = digits.train.dataset.tensors[0][:, 0].numpy()
     assert np.abs(pixels - weights @ small @ weights.T).max() <= 0.5001
 
 
-def test_a_wrong_name_lists_the_right_ones(tmp_path):
+def test_the_error_of_an_unknown_name_lists_the_known_names(tmp_path):
     line = error_line("cifar10", tmp_path)
     assert "'cifar10'; choose one of Digits, MNIST, " in line and line.endswith(", ImageNet")
 
@@ -150,20 +150,20 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("problem, content", BAD_FILES.items(), ids=BAD_FILES)
-def test_a_bad_file_gives_one_line_with_its_path_problem_and_remedy(tmp_path, problem, content):
+def test_a_bad_file_is_reported_with_its_path_problem_and_remedy(tmp_path, problem, content):
     (tmp_path / "cifar10.npz").write_bytes(content)
     line = error_line("CIFAR-10", tmp_path)
     assert line.startswith(f"{tmp_path / 'cifar10.npz'} cannot be read (") and problem in line
     assert line.endswith(EXPECTED)
 
 
-def test_a_link_to_nowhere_is_not_replaced(tmp_path):
+def test_a_dangling_link_is_not_replaced(tmp_path):
     (tmp_path / "cifar10.npz").symlink_to("nowhere.npz")
     assert "cifar10.npz cannot be read (No such file" in error_line("CIFAR-10", tmp_path)
 
 
 class Fetched:
-    """Stands in for a class of torchvision, and counts its downloads."""
+    """Replaces a data set class of torchvision, and counts the downloads."""
 
     downloads, error = 0, None
 
@@ -187,7 +187,7 @@ def fetched(monkeypatch):
     return Fetched
 
 
-def test_threads_that_load_an_absent_data_set_at_once_fetch_it_once(tmp_path, fetched):
+def test_threads_that_load_a_missing_data_set_together_fetch_it_once(tmp_path, fetched):
     barrier = threading.Barrier(4)
 
     def load_at_once(_):
@@ -196,19 +196,19 @@ def test_threads_that_load_an_absent_data_set_at_once_fetch_it_once(tmp_path, fe
 
     with ThreadPoolExecutor(4) as pool:
         first, *others = pool.map(load_at_once, range(4))
-    assert fetched.downloads == 2  # of the two splits
+    assert fetched.downloads == 2  # one for each split
     assert {dataset.crc32 for dataset in others} == {first.crc32}
     assert first.train.dataset.tensors[1].tolist() == arrays()["y_train"].tolist()
 
 
-def test_data_that_is_there_needs_no_lock(tmp_path):
+def test_an_existing_file_is_read_without_a_lock(tmp_path):
     (tmp_path / "cifar10.npz").write_bytes(npz())
     load_dataset("CIFAR-10", tmp_path)
     assert os.listdir(tmp_path) == ["cifar10.npz"]
 
 
 @pytest.mark.parametrize("kind", [ConnectionResetError, RuntimeError])
-def test_a_failed_download_says_which_file_to_make(tmp_path, fetched, monkeypatch, kind):
+def test_a_failed_download_is_reported_with_the_file_to_make(tmp_path, fetched, monkeypatch, kind):
     monkeypatch.setattr(fetched, "error", kind("no route\nto host"))
     line = error_line("CIFAR-10", tmp_path)
     assert line.startswith("CIFAR-10 cannot be fetched (no route to host): try again")
@@ -216,7 +216,7 @@ def test_a_failed_download_says_which_file_to_make(tmp_path, fetched, monkeypatc
     assert not (tmp_path / "cifar10.npz").exists()
 
 
-def test_a_folder_that_cannot_be_written(tmp_path):
+def test_a_folder_that_cannot_be_written_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / ".cifar10.npz.lock").mkdir()
     for folder in (tmp_path, tmp_path / "file"):
@@ -245,7 +245,7 @@ def image_folder(tmp_path, monkeypatch):
             for label in range(2):
                 (tmp_path / name / split / "ab"[label]).mkdir(parents=True)
                 for number in range(count):
-                    image = Image.new("RGB", (32, 16))  # black but for the central square
+                    image = Image.new("RGB", (32, 16))  # black outside the central square
                     image.paste((10 + label, 20 * number, 255), (8, 0, 24, 16))
                     image.save(tmp_path / name / split / "ab"[label] / f"{number}.png")
         return tmp_path / name
@@ -256,18 +256,18 @@ def image_folder(tmp_path, monkeypatch):
 COLOURS = [[10 + label, 20 * number, 255] for label in range(2) for number in range(3)]
 
 
-def test_imagewoof_is_scaled_cropped_and_kept(tmp_path, image_folder):
+def test_imagewoof_is_scaled_cropped_and_saved(tmp_path, image_folder):
     root = image_folder("imagewoof")
     woof = load_dataset("ImageWoof", tmp_path)
     assert (woof.input_shape, len(woof.train), len(woof.test)) == ((3, 8, 8), 6, 4)
     x, y = woof.train.dataset.tensors
     assert y.tolist() == [0, 0, 0, 1, 1, 1] and x[:, :, 3, 3].tolist() == COLOURS
-    assert (x[:, 2, :, 1:-1] == 255).all() and (x[:, 2] > 100).all()  # not black
+    assert (x[:, 2, :, 1:-1] == 255).all() and (x[:, 2] > 100).all()  # the black sides are cropped
     root.rename(tmp_path / "gone")
     assert load_dataset("ImageWoof", tmp_path).crc32 == woof.crc32
 
 
-def test_imagenet_streams_and_is_never_written(tmp_path, image_folder):
+def test_imagenet_is_streamed_and_never_saved(tmp_path, image_folder):
     image_folder("imagenet")
     net = load_dataset("ImageNet", tmp_path)
     assert (net.input_shape, len(net.train), len(net.test), net.crc32) == ((3, 8, 8), 6, 4, None)
@@ -278,7 +278,7 @@ def test_imagenet_streams_and_is_never_written(tmp_path, image_folder):
     assert os.listdir(tmp_path) == ["imagenet"]
 
 
-def test_imagenette_comes_whole_from_torchvision(tmp_path, image_folder, monkeypatch):
+def test_imagenette_is_fetched_and_must_be_complete(tmp_path, image_folder, monkeypatch):
     datasets = data.import_torchvision().datasets
 
     def fake(root, split, size, transform, loader, download):
@@ -294,7 +294,7 @@ def test_imagenette_comes_whole_from_torchvision(tmp_path, image_folder, monkeyp
 
 
 @pytest.mark.parametrize("name", ["ImageWoof", "ImageNet"])
-def test_a_damaged_image_is_one_line(tmp_path, image_folder, name):
+def test_a_damaged_image_is_reported_in_one_line(tmp_path, image_folder, name):
     path = image_folder(name.lower()) / "val" / "b" / "1.png"
     path.write_bytes(b"text")
     with pytest.raises(UserError) as caught:
@@ -305,7 +305,7 @@ def test_a_damaged_image_is_one_line(tmp_path, image_folder, name):
 
 
 @pytest.mark.parametrize("name", ["ImageWoof", "ImageNet"])
-def test_bad_image_folders(tmp_path, image_folder, name):
+def test_bad_image_folders_are_refused(tmp_path, image_folder, name):
     line = error_line(name, tmp_path)
     remedy = f"put {name} there as train/<class>/* and val/<class>/*"
     assert line.startswith(f"{tmp_path / name.lower()} cannot be") and line.endswith(remedy)
@@ -326,7 +326,7 @@ def test_training_batches_are_full_and_in_seeded_order(device, resident, batch_s
     loader = TrainingLoader(numbered(), batch_size, device, seed=5)
     before = torch.get_rng_state()
     batches = list(loader.epoch(7))
-    assert torch.equal(torch.get_rng_state(), before)  # the global random state
+    assert torch.equal(torch.get_rng_state(), before)  # the global random state is unchanged
     assert [len(y) for _, y in batches] == [batch_size] * count and len(loader) == count
     mixed = int(np.random.SeedSequence([5, 7]).generate_state(1)[0])
     order = torch.randperm(23, generator=torch.Generator().manual_seed(mixed)).tolist()
@@ -365,11 +365,11 @@ def test_all_loaders_of_a_split_share_its_tensors(device):
 
 
 @pytest.mark.parametrize("size", [0, 24])
-def test_bad_batch_sizes(size):
+def test_bad_batch_sizes_are_refused(size):
     with pytest.raises(UserError, match=f"a batch size of {size} .* choose one of 1 to 23"):
         TrainingLoader(numbered(), size, "cpu")
 
 
-def test_data_fits_in_half_of_the_free_memory(device):
+def test_data_fits_if_it_needs_under_half_of_the_free_memory(device):
     device = torch.empty(0, device=device).device
     assert data.fits(2**20, device) and not data.fits(2**50, device)

@@ -1,4 +1,4 @@
-"""Logs: each intact epoch is parsed, and each lost one is reported."""
+"""Every intact epoch of a log is parsed, and every lost epoch is reported."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def test_a_run_that_was_killed_and_resumed_is_one_run():
     assert run.epochs == WHOLE and skipped == []
 
 
-def test_a_line_that_was_torn_by_a_kill_costs_only_itself():
+def test_a_line_torn_by_a_kill_does_not_affect_the_next_line():
     data = own_log()
     torn = data[: data.index(b"epoch 3/5") + 30]
     (first, second), skipped = parse_log(torn + own_log("other"))
@@ -59,14 +59,14 @@ def test_a_line_that_was_torn_by_a_kill_costs_only_itself():
     assert second.name == "other/seed-0" and len(second.epochs) == 5
 
 
-def test_a_heading_begins_another_attempt():
+def test_a_heading_starts_another_attempt():
     runs, skipped = parse_log(own_log() + own_log(epochs=3, shift=1.0) + own_log(seed=1))
     assert names_of(runs) == ["fc-tanh/seed-0", "fc-tanh/seed-0-attempt-2", "fc-tanh/seed-1"]
     assert [run.settings["epochs"] for run in runs] == [5, 3, 5] and skipped == []
     assert runs[1].epochs == [metrics(epoch, 1.0) for epoch in range(1, 4)]
 
 
-def test_a_run_that_began_again_with_the_same_settings_is_one_run():
+def test_a_run_restarted_with_the_same_settings_is_one_run():
     killed = own_log(epochs=5, shift=1.0).splitlines(keepends=True)[: 2 + 3 * 4 + 1]
     again = own_log().replace(b"act1, epoch 5: mean", b"act1, epoch 5: m\xffan")
     for data, number in ((b"".join(killed) + again, 5), (again + b"".join(killed), 4)):
@@ -76,7 +76,7 @@ def test_a_run_that_began_again_with_the_same_settings_is_one_run():
         assert run.epochs[:4] == newer[:4] and list(run.epochs[4]["alignment"]) == ["lin1"]
 
 
-def test_the_captured_output_of_several_runs_has_their_lines_mixed_without_times():
+def test_interleaved_lines_of_several_runs_without_times_are_parsed():
     logs = (own_log(seed=seed, shift=seed).splitlines(keepends=True) for seed in (0, 1))
     lines = [line[21:] for pair in zip(*logs) for line in pair if b"settings" not in line]
     runs, skipped = parse_log(b"".join(lines) + b"\n| experiment | accuracy |\n")
@@ -92,7 +92,7 @@ def test_the_captured_output_of_several_runs_has_their_lines_mixed_without_times
     ((b"5 epochs of ", b"settings {"), settings_of(batch_size=None, dataset="unknown")),
 ], ids=["heading", "settings", "both"])  # fmt: skip
 @pytest.mark.parametrize("before", [0, 1], ids=["first attempt", "second attempt"])
-def test_a_run_whose_beginning_is_damaged(lost, settings, before):
+def test_a_run_with_damaged_first_lines_keeps_its_epochs(lost, settings, before):
     data = own_log(shift=before)
     for text in lost:
         data = data.replace(text, text + b"\xff")
@@ -105,7 +105,7 @@ def test_a_run_whose_beginning_is_damaged(lost, settings, before):
 @pytest.mark.parametrize("old, new", [
     ('"seed"', '"s"'), ("5", "0"), ("5", "5;"), ("fc-", "../fc-"), ("128", "[" * 9999 + "]" * 9999),
 ])  # fmt: skip
-def test_settings_that_cannot_be_are_not_taken(old, new):
+def test_impossible_settings_are_skipped(old, new):
     settings = json.dumps(settings_of())
     data = own_log().replace(settings.encode(), settings.replace(old, new).encode())
     (run,), skipped = parse_log(data)
@@ -117,20 +117,20 @@ def test_settings_that_cannot_be_are_not_taken(old, new):
     (b"1/5: train loss 1.9000 accuracy 31", b"1/5: train loss 1.9000 accuracy 131"),
     (b"1/5: train", b"9/5: train"),
 ])  # fmt: skip
-def test_a_damaged_epoch_leaves_the_settings_to_the_others(old, new):
+def test_a_damaged_first_epoch_does_not_lose_the_settings(old, new):
     (run,), skipped = parse_log(own_log().replace(old, new))
     assert run.settings == settings_of() and run.epochs == WHOLE[1:]
     assert [skip.line for skip in skipped] == [5, 0]
 
 
-def test_the_alignment_of_a_killed_epoch_is_not_that_of_the_next_attempt():
+def test_the_alignment_of_a_killed_epoch_is_not_given_to_the_next_attempt():
     killed = own_log(shift=1.0).splitlines(keepends=True)[:4]
     lost = own_log().replace(b"act1, epoch 1: mean", b"act1, epoch 1: m\xffan")
     (run,), _ = parse_log(b"".join(killed) + lost)
     assert list(run.epochs[0]["alignment"]) == ["lin1"]
 
 
-def test_corrupt_bytes_cost_their_epoch_and_are_reported():
+def test_corrupt_bytes_lose_at_most_their_epoch_and_are_reported():
     data = own_log().replace(b"act1, epoch 2: mean 0.11", b"act1, epoch 2: mean 0.1\xff")
     (run,), skipped = parse_log(data.replace(b"epoch 4/5: train", b"epoch 4/5: tr\xc3in"))
     assert list(run.epochs[1]["alignment"]) == ["lin1"]
@@ -145,7 +145,7 @@ def test_corrupt_bytes_cost_their_epoch_and_are_reported():
     ("accuracy 30.5000", "accuracy nan", "test_accuracy is None"),
     ("mean 0.0800", "mean 1.0800", "mean is 1.08"),
 ])  # fmt: skip
-def test_numbers_that_cannot_be_are_skipped(old, new, reason):
+def test_impossible_numbers_are_skipped(old, new, reason):
     runs, (skip,) = parse_log(own_log(epochs=1).decode().replace(old, new).encode())
     assert runs == [] and skip.line == 5 and skip.reason.startswith(f"{reason}: fc-tanh seed 0")
 
@@ -158,7 +158,7 @@ def test_numbers_that_cannot_be_are_skipped(old, new, reason):
     (STAMP.encode(), b" 40%|####      | 2/5 [00:01<00:02]" + STAMP.encode()),
     (STAMP.encode(), b"\x1b[1m" + STAMP.encode()),
 ])  # fmt: skip
-def test_line_ends_and_progress_do_no_harm(log, old, new):
+def test_line_ends_progress_bars_and_colours_change_nothing(log, old, new):
     assert parse_log(log().replace(old, new)) == parse_log(log())
 
 
@@ -167,7 +167,7 @@ def test_the_releases_log_is_parsed_with_our_names():
     assert run.name == "std-118/seed-0" and epochs_of(run) == [1, 2, 3, 4] and skipped == []
     assert run.settings == settings_of("std-118", epochs=4)
     third = run.epochs[2]
-    assert (third["train_loss"], third["test_loss"]) == (1.728, 1.664)  # 0.0135, 0.013 times 128
+    assert (third["train_loss"], third["test_loss"]) == (1.728, 1.664)  # 128 * (0.0135, 0.013)
     assert (third["train_accuracy"], third["test_accuracy"]) == (33.5, 23.5)
     assert list(third["alignment"]) == FC_NAMES
     assert third["alignment"]["act2"] == {"mean": 0.3003, "std": 0.0031}
@@ -182,8 +182,8 @@ def test_the_releases_log_is_parsed_with_our_names():
     (f"{2 * 'Conv2d Dropout2d Tanh MaxPool2d '} Flatten Linear Dropout Tanh Linear",
      "conv1 drop1 act1 maxp1 conv2 drop2 act2 maxp2 flat lin1 drop3 act3 lin2"),
 ], ids=["plain", "batchnorm", "dropout"])  # fmt: skip
-def test_the_names_of_the_releases_cnns(modules, names):
-    """Without dropout each line has the name of the layer after it, the last line its own."""
+def test_the_layers_of_the_releases_cnns_get_our_names(modules, names):
+    """Without dropout, each line has the name of the next layer; the last line has its own."""
     layers = [f"{position}_{module}(p=0)" for position, module in enumerate(modules.split())]
     (run,), skipped = parse_log(release_log(layers=layers, epochs=1))
     alignment = run.epochs[0]["alignment"]
@@ -200,13 +200,13 @@ def test_a_restart_of_the_release_is_another_attempt_if_the_first_has_an_epoch(e
     assert names_of(runs) == ["std-118/seed-0", "std-118/seed-0-attempt-2"][: len(epochs)]
 
 
-def test_a_run_of_the_release_whose_beginning_is_lost_is_not_taken_for_the_one_before():
+def test_epochs_after_a_lost_heading_of_the_release_are_not_given_to_the_run_before():
     runs, skipped = parse_log(release_log() + release_log().replace(b"Training w", b"Train\xffng"))
     assert runs == parse_log(release_log())[0]
     assert skipped[0].reason == "epoch of an unknown run: EPOCH 1/4:"
 
 
-def test_a_seed_that_cannot_be_read_is_not_guessed():
+def test_an_unreadable_seed_is_not_guessed():
     second = release_log(seed=2).replace(b"Seeding with \x1b[1m2", b"Seeding with \x1b[1m\xff2")
     runs, (skip,) = parse_log(release_log(seed=1) + second + release_log(seed=4))
     assert names_of(runs) == ["std-118/seed-1", "std-118/seed-unknown", "std-118/seed-4"]
@@ -214,7 +214,7 @@ def test_a_seed_that_cannot_be_read_is_not_guessed():
 
 
 @pytest.mark.parametrize("epochs, names", [(1, ["1", "2", "3", "4"]), (2, FC_NAMES)])
-def test_layers_are_named_by_position_if_one_is_lost_in_all_epochs(epochs, names):
+def test_layers_are_named_by_position_if_a_layer_is_lost_in_all_epochs(epochs, names):
     (run,), skipped = parse_log(release_log(epochs=epochs).replace(b"0_Linear", b"\xff", 1))
     assert list(run.epochs[-1]["alignment"]) == names
     gap = "std-118/seed-0: epoch 1 lacks the alignment of lin1"
@@ -222,7 +222,7 @@ def test_layers_are_named_by_position_if_one_is_lost_in_all_epochs(epochs, names
 
 
 @pytest.mark.parametrize("what", ["..", "../../x", "/etc/x", "a" * 300, "x for 5 epochs on", "."])
-def test_a_name_in_a_log_leads_nowhere_else(what):
+def test_a_name_in_a_log_cannot_lead_out_of_the_output_folder(what):
     name = "with a bottlenecking rate 0.8525 initialized by STD"
     runs, _ = parse_log(release_log().decode().replace(name, what).encode())
     assert all(len(run.path.parts) == 2 and run.path.parts[0].strip(".") for run in runs)
@@ -234,7 +234,7 @@ def test_a_name_in_a_log_leads_nowhere_else(what):
     ("cases/release_cnn_dropout_log.txt", ["with-dfa-initialized-by-std/seed-0"], 1, (10.3, 10.5),
      {"conv2": -0.0041, "maxp3": 0.0009, "lin1": 0.7103, "drop4": 0.9985, "act4": 0.9998}),
 ])  # fmt: skip
-def test_logs_that_the_release_wrote(path, names, epochs, accuracies, cosines):
+def test_original_logs_of_the_release_are_parsed(path, names, epochs, accuracies, cosines):
     folder = os.environ.get("DFA_TEST_DATA_DIR", "")
     if not folder or not Path(folder, "..", path).exists():
         pytest.skip(f"there is no {path} beside DFA_TEST_DATA_DIR")
@@ -247,7 +247,7 @@ def test_logs_that_the_release_wrote(path, names, epochs, accuracies, cosines):
 
 
 def main():
-    """Runs log_retrieval.py as a script does."""
+    """Runs log_retrieval.py, and exits with its code as the script does."""
     sys.exit(log_retrieval.main())
 
 
@@ -259,7 +259,7 @@ def test_the_command_restores_the_folders_of_runs(start, tmp_path):
     first.write_bytes(release_log() + 2 * release_log("0.99875", "PAI"))
     second.write_bytes(b"nothing\n" + own_log(seed=2))
     (tmp_path / NAMES[0]).mkdir(parents=True)
-    (tmp_path / NAMES[0] / "state.pt").touch()  # of a finished run, which has no checkpoint
+    (tmp_path / NAMES[0] / "state.pt").touch()  # as in a finished run, without a checkpoint
     code, out, err = start(main, *logs, "--output", tmp_path)
     assert (code, err) == (0, "")
     assert out.splitlines() == [f"{tmp_path / n}: {e} epochs" for n, e in zip(NAMES, (4, 4, 4, 5))]

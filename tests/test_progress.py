@@ -1,4 +1,4 @@
-"""Progress of a sweep: new epochs of all its folders, as lines or in a bar."""
+"""Progress shows each new epoch in the folders of a sweep once, as a line or in a bar."""
 
 import os
 import sys
@@ -21,7 +21,7 @@ def train_one_epoch(path):
 
 
 def of_a_sweep(folder, quiet=False):
-    """Shows a sweep of two runs, while one of them is trained from its second epoch to its end."""
+    """Shows a sweep of two runs while the first run is trained from its second epoch to its end."""
     runs = {tiny.describe(x): RunFolder(folder / x.name) for x in EXPERIMENTS}
     train_one_epoch(folder / "one")
     progress = Progress(runs, quiet)
@@ -29,7 +29,7 @@ def of_a_sweep(folder, quiet=False):
     progress.close()
 
 
-def test_each_new_epoch_is_a_line(tmp_path, capsys):
+def test_each_new_epoch_is_shown_as_a_line(tmp_path, capsys):
     of_a_sweep(tmp_path)
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(": train")[0] for line in lines] == [
@@ -38,7 +38,7 @@ def test_each_new_epoch_is_a_line(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("batch_size", [tiny.BATCH, 7], ids=["lost checkpoint", "other settings"])
-def test_the_epochs_of_a_run_that_begins_anew_in_a_renamed_folder(tmp_path, capsys, batch_size):
+def test_a_run_restarted_after_a_rename_shows_all_its_epochs(tmp_path, capsys, batch_size):
     path = tmp_path / "one"
     train_one_epoch(path)
     (run,) = runs = {tiny.describe(EXPERIMENTS[0], batch_size=batch_size): RunFolder(path)}
@@ -51,14 +51,14 @@ def test_the_epochs_of_a_run_that_begins_anew_in_a_renamed_folder(tmp_path, caps
 
 
 @pytest.mark.parametrize("columns", [80, 200])
-def test_a_terminal_has_a_bar_of_epochs_and_runs(tmp_path, monkeypatch, capsys, columns):
+def test_a_terminal_shows_a_bar_of_epochs_and_runs(tmp_path, monkeypatch, capsys, columns):
     master, slave = os.openpty()
     termios.tcsetwinsize(slave, (25, columns))
     with open(slave, "w") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
         of_a_sweep(tmp_path)
     drawn = b""
-    with suppress(OSError):  # at the end
+    with suppress(OSError):  # raised at the end of the output
         while True:
             drawn += os.read(master, 1024)
     os.close(master)
@@ -71,6 +71,6 @@ def test_a_terminal_has_a_bar_of_epochs_and_runs(tmp_path, monkeypatch, capsys, 
     assert (f"/{last['test_loss']:.3f}" in ended) == (columns == 200)
 
 
-def test_quiet(tmp_path, capsys):
+def test_quiet_shows_nothing(tmp_path, capsys):
     of_a_sweep(tmp_path, quiet=True)
     assert capsys.readouterr() == ("", "")

@@ -1,4 +1,4 @@
-"""A run's folder: files are loaded as they were written, and damaged ones are reported."""
+"""A run's folder is loaded as it was written, and its damaged files are reported in one line."""
 
 import json
 
@@ -23,13 +23,13 @@ def folder(tmp_path):
     return folder
 
 
-def test_a_run_that_is_not_there_is_empty_and_nothing_is_created(tmp_path):
+def test_a_missing_run_is_loaded_as_empty_and_not_created(tmp_path):
     result = RunFolder(tmp_path / "fc" / "seed-0").check(SETTINGS)
     assert (result.name, result.settings, result.epochs) == ("fc/seed-0", {}, [])
     assert not result.finished and not result.diverged and list(tmp_path.iterdir()) == []
 
 
-def test_what_was_written_is_loaded_and_the_first_settings_stay(folder):
+def test_a_run_is_loaded_as_written_and_keeps_its_first_settings(folder):
     folder.start({**SETTINGS, "seed": 9}, {})
     folder.write_metrics(EPOCHS)
     result = folder.load()
@@ -58,7 +58,7 @@ def test_other_settings_are_refused_with_the_difference(folder):
         ([{**EPOCHS[0], "test_loss": None}], False, True),
     ],
 )
-def test_a_run_is_finished_with_its_last_epoch_and_without_a_checkpoint(
+def test_a_run_is_finished_if_it_has_its_last_epoch_and_no_checkpoint(
     folder, epochs, checkpoint, finished
 ):
     folder.write_metrics(epochs)
@@ -68,7 +68,7 @@ def test_a_run_is_finished_with_its_last_epoch_and_without_a_checkpoint(
 
 
 @pytest.mark.parametrize("lost", ["checkpoint", "metrics"])
-def test_a_run_that_lost_a_file_is_not_begun_again(folder, lost):
+def test_a_run_that_lost_a_file_is_not_restarted(folder, lost):
     if lost == "checkpoint":
         folder.write_metrics(EPOCHS[:2])
     else:
@@ -77,7 +77,7 @@ def test_a_run_that_lost_a_file_is_not_begun_again(folder, lost):
         folder.check(SETTINGS)
 
 
-def test_a_run_with_a_checkpoint_is_resumed_whatever_became_of_its_metrics(folder):
+def test_a_run_with_a_checkpoint_is_resumed_despite_damaged_metrics(folder):
     (folder.path / "checkpoint.pt").touch()
     (folder.path / "metrics.jsonl").write_text("damaged\n")
     assert not folder.check(SETTINGS).finished
@@ -112,7 +112,7 @@ def refused(folder, match):
          )
      )],
 )  # fmt: skip
-def test_a_damaged_line_is_one_line_with_its_place(folder, line):
+def test_a_damaged_line_is_reported_with_its_file_and_number(folder, line):
     folder.write_metrics(EPOCHS)
     path = folder.path / "metrics.jsonl"
     first, _, third = path.read_bytes().splitlines(keepends=True)
@@ -130,7 +130,7 @@ def test_a_damaged_line_is_one_line_with_its_place(folder, line):
         )
     )],
 )  # fmt: skip
-def test_a_damaged_config_is_one_line_with_its_name(folder, text):
+def test_a_damaged_config_is_reported_with_its_name(folder, text):
     (folder.path / "config.json").write_text(text)
     refused(folder, r"config.json cannot be read .*: move it and metrics.jsonl away, and restore")
 
@@ -148,7 +148,7 @@ def test_a_failed_write_leaves_the_old_file_and_names_it(tmp_path):
 
     with pytest.raises(OSError, match="No space left") as error:
         write_atomically(path, fail)
-    assert error.value.filename == str(path)  # not the temporary one
+    assert error.value.filename == str(path)  # not the temporary file
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
     write_atomically(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]

@@ -1,4 +1,4 @@
-"""One run: its numbers against plain loops, its files, and its resumption after an interruption."""
+"""A run equals plain loops of BP and DFA, saves its files, and resumes with the same results."""
 
 import json
 import math
@@ -28,13 +28,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 DFA_SUM = {"reduction": "sum", "learning_rate": 0.02}
 REGULARISED = Network(hidden=(8, 7, 6), batchnorm=True, dropout_input=0.1, dropout_fc=0.5)
 DFA_RUN = Experiment("dfa", REGULARISED, **DFA_SUM)
-WRITTEN = 6e-5  # metrics.jsonl has four decimals
+WRITTEN = 6e-5  # metrics.jsonl is rounded to four decimals
 EXACT = 1e-12
 
 
 @pytest.fixture
 def float64(monkeypatch):
-    """Runs compute in float64, so that mathematics can be compared whatever the order of sums."""
+    """Makes runs compute in float64, where sums in another order differ by less than `EXACT`."""
     resident = Split.resident
 
     def exact(split, device):
@@ -48,7 +48,7 @@ def float64(monkeypatch):
 
 
 def network_of(experiment, data, seed=SEED):
-    """The run's network, and the same modules without those of DFA."""
+    """Returns the run's network, and a Sequential of its modules without `DFA` and `DFALayer`."""
     torch.manual_seed(seed)
     model = experiment.network.build(
         data.input_shape, data.classes, "corrected",
@@ -76,7 +76,7 @@ def test_a_bp_run_equals_a_plain_loop(tmp_path, monkeypatch, float64, network, s
     tiny.train(tmp_path, experiment, data)
 
     _, model = network_of(experiment, data)
-    torch.manual_seed(SEED)  # the run's dropout starts from its seed
+    torch.manual_seed(SEED)  # the seed of the run's dropout
     x_test, y_test = data.test.resident(CPU)
     written = metrics_of(tmp_path)
     assert [metrics["epoch"] for metrics in written] == [1, 2, 3]
@@ -160,7 +160,7 @@ def test_alignment_is_measured_on_the_first_128_test_samples(tmp_path, float64):
     assert set(expected) == set(angles) > {"act1", "act2", "act3"}
     for name, cosines in angles.items():
         assert cosines.dtype == np.float32 and cosines.shape == (EPOCHS, 128)
-        np.testing.assert_allclose(cosines[-1], expected[name], rtol=0, atol=1e-7)  # as float32
+        np.testing.assert_allclose(cosines[-1], expected[name], rtol=0, atol=1e-7)  # in float32
         for row, metrics in zip(cosines, metrics_of(tmp_path), strict=True):
             spread = metrics["alignment"][name]
             assert spread["mean"] == pytest.approx(np.mean(row), abs=WRITTEN)
@@ -179,7 +179,7 @@ def test_other_methods_than_dfa_have_no_alignment(tmp_path, method):
 # Files
 
 
-def test_a_finished_run_leaves_the_files_of_the_design(tmp_path):
+def test_a_finished_run_has_the_expected_files_and_settings(tmp_path):
     tiny.train(tmp_path, DFA_RUN)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "angles.npz", "config.json", "log.txt", "metrics.jsonl", "state.pt"
@@ -202,7 +202,7 @@ def test_a_finished_run_leaves_the_files_of_the_design(tmp_path):
         ]  # fmt: skip
 
 
-def test_a_diverged_run_stops_is_recorded_as_null_and_logged(tmp_path):
+def test_a_diverged_run_stops_with_null_losses_and_a_log_line(tmp_path):
     experiment = Experiment("wild", Network(hidden=(8, 7), activation="relu"), learning_rate=1e30)
     ended = []
     lines = tiny.train(tmp_path, experiment, epoch_ended=ended.append, epochs=9)
@@ -224,7 +224,7 @@ def test_a_diverged_run_stops_is_recorded_as_null_and_logged(tmp_path):
 
 
 def interrupted(path, experiment=DFA_RUN):
-    """Trains a run that is stopped after its first epoch."""
+    """Trains a run until its first epoch has ended; returns the run's folder."""
     ended = []
     tiny.train(path, experiment, epoch_ended=ended.append, stopped=lambda: bool(ended))
     return path
@@ -232,16 +232,16 @@ def interrupted(path, experiment=DFA_RUN):
 
 @pytest.fixture
 def whole(one_thread, tmp_path_factory):
-    """The outcome of the run, never interrupted."""
+    """The outcome of `DFA_RUN` without an interruption."""
     path = tmp_path_factory.mktemp("whole")
     tiny.train(path, DFA_RUN)
     return outcome(path)
 
 
 @pytest.mark.parametrize("steps", [1, 5, 9, 10])
-def test_a_run_stopped_after_any_step_ends_the_same(tmp_path, whole, steps):
+def test_a_run_resumed_after_any_step_gives_the_same_results(tmp_path, whole, steps):
     """An epoch has five steps."""
-    asked = iter(range(steps + 1))  # before each step
+    asked = iter(range(steps + 1))  # `stopped` is called before each step
     tiny.train(tmp_path, DFA_RUN, stopped=lambda: next(asked) == steps)
     checkpoint, (epoch, batch) = checkpoint_of(tmp_path), divmod(steps, 5)
     assert (len(checkpoint["epochs"]), checkpoint["position"]) == (epoch, batch)
@@ -258,7 +258,7 @@ def test_a_run_stopped_after_any_step_ends_the_same(tmp_path, whole, steps):
     [("angles.npz", 3), ("checkpoint.pt", 1), ("checkpoint.pt", 3), ("metrics.jsonl", 2),
      ("state.pt", 1)],
 )  # fmt: skip
-def test_a_run_interrupted_between_two_files_ends_the_same(
+def test_a_run_interrupted_between_two_files_gives_the_same_results(
     tmp_path, monkeypatch, whole, name, count
 ):
     writes, write = [], RunFolder.write
@@ -278,13 +278,13 @@ def test_a_run_interrupted_between_two_files_ends_the_same(
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "angles.npz", "config.json", "log.txt"])
-def test_a_lost_file_is_written_anew_from_the_checkpoint(tmp_path, whole, name):
+def test_a_lost_file_is_restored_from_the_checkpoint(tmp_path, whole, name):
     (interrupted(tmp_path) / name).unlink()
     tiny.train(tmp_path, DFA_RUN)
     assert outcome(tmp_path) == whole
 
 
-def test_a_prealigned_run_starts_from_weights_set_once_on_the_first_batch(tmp_path):
+def test_a_resumed_run_is_prealigned_only_once_on_its_first_batch(tmp_path):
     data = tiny.tiny()
     experiment = Experiment("pai", SMALL, prealigned=True, reduction="sum", learning_rate=0.0)
     tiny.train(interrupted(tmp_path, experiment), experiment, data)
@@ -296,7 +296,7 @@ def test_a_prealigned_run_starts_from_weights_set_once_on_the_first_batch(tmp_pa
     assert not torch.equal(model.lin4.weight, before)
 
 
-def test_a_diverged_run_that_was_killed_before_its_end_does_not_train_on(tmp_path):
+def test_a_diverged_run_killed_before_its_end_is_not_trained_further(tmp_path):
     checkpoint = checkpoint_of(interrupted(tmp_path))
     checkpoint["epochs"][-1]["train_loss"] = None
     torch.save(checkpoint, tmp_path / "checkpoint.pt")
@@ -304,7 +304,7 @@ def test_a_diverged_run_that_was_killed_before_its_end_does_not_train_on(tmp_pat
     assert len(metrics_of(tmp_path)) == 1 and (tmp_path / "state.pt").exists()
 
 
-def test_the_seconds_of_an_epoch_are_counted_over_its_interruption(tmp_path):
+def test_the_seconds_of_an_epoch_include_the_time_before_its_interruption(tmp_path):
     tiny.train(tmp_path, DFA_RUN, stopped=lambda: True)
     checkpoint = checkpoint_of(tmp_path)
     assert checkpoint["epochs"] == [] and checkpoint["seconds"] > 0
@@ -322,7 +322,7 @@ def test_the_seconds_of_an_epoch_are_counted_over_its_interruption(tmp_path):
     ({"settings": tiny.describe(DFA_RUN, seed=5).settings}, "belongs to another run"),
     ({"device": "cuda"}, "was written on cuda: resume there"),
 ])  # fmt: skip
-def test_a_checkpoint_that_cannot_be_resumed_is_one_line_and_stays(tmp_path, change, message):
+def test_an_unusable_checkpoint_is_reported_in_one_line_and_kept(tmp_path, change, message):
     path = interrupted(tmp_path) / "checkpoint.pt"
     torch.save(checkpoint_of(tmp_path) | change, path)
     before = {file: file.read_bytes() for file in tmp_path.iterdir()}

@@ -1,4 +1,4 @@
-"""Sweeps: the command line, runs side by side, other settings, interruptions, failures."""
+"""A sweep has the same results in parallel, checks its options first, and resumes after a stop."""
 
 import dataclasses
 import os
@@ -29,14 +29,14 @@ def folder(results, seed=0):
     return results / "best_practices" / NAME / f"seed-{seed}"
 
 
-def test_runs_side_by_side_give_what_each_gives_alone(start, tmp_path, six_runs):
+def test_parallel_runs_give_the_results_of_serial_runs(start, tmp_path, six_runs):
     options = ("--parallel-runs", 4, "--results-dir", tmp_path)
     code, _, err = start(best_practices.main, *SIX_RUNS, *options)
     assert (code, err) == (0, "")
     assert sweep_outcome(tmp_path) == six_runs[0]
 
 
-def test_the_longest_runs_come_first(start, tmp_path, monkeypatch):
+def test_the_longest_runs_start_first(start, tmp_path, monkeypatch):
     begun = []
     monkeypatch.setattr(sweep, "train_run", lambda trainer, *_: begun.append(trainer.run.name))
     chosen = ["--seeds", "0", "1", "--experiments", "fc-tanh", "cnn-tanh"]
@@ -44,7 +44,7 @@ def test_the_longest_runs_come_first(start, tmp_path, monkeypatch):
     assert begun == [f"{name}-tanh seed {seed}" for name in ("cnn", "fc") for seed in (0, 1)]
 
 
-def test_cpu_threads_are_shared_and_given_back(start, tmp_path, monkeypatch):
+def test_cpu_threads_are_shared_and_restored(start, tmp_path, monkeypatch):
     torch.set_num_threads(3)
     seen, evaluate = [], Trainer.evaluate
 
@@ -68,12 +68,12 @@ def options(**changes):
 
 
 @pytest.mark.parametrize("device, at_once", [("cpu", 1), ("cuda", 8), ("cuda:1", 8)])
-def test_how_many_runs_at_once(device, at_once):
+def test_the_default_number_of_parallel_runs_depends_on_the_device(device, at_once):
     assert options(device=device).at_once() == at_once
     assert options(device=device, parallel_runs=3).at_once() == 3
 
 
-def test_every_option_has_its_help(start):
+def test_the_help_has_every_option(start):
     code, out, _ = start(best_practices.main, "--help")
     text = " ".join(out.split())
     assert code == 0
@@ -101,7 +101,7 @@ def test_a_run_has_the_settings_of_the_options(tmp_path, monkeypatch):
     ("--device cpu --precision tf32", "needs a CUDA device"),
     ("--tensorboard", "pip install tensorboard"),
 ])  # fmt: skip
-def test_options_that_are_not_possible_are_one_line(
+def test_impossible_options_are_reported_in_one_line(
     start, tmp_path, monkeypatch, arguments, message
 ):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -115,11 +115,11 @@ def test_options_that_are_not_possible_are_one_line(
 @pytest.mark.parametrize("precision, deterministic", [
     ("float32", True), ("tf32", False), ("bf16", False),
 ])  # fmt: skip
-def test_a_sweep_sets_the_arithmetic_of_pytorch(monkeypatch, precision, deterministic):
+def test_a_sweep_sets_pytorchs_precision_and_determinism(monkeypatch, precision, deterministic):
     expected = "tf32" if precision == "tf32" else "ieee"
     backends = torch.backends.cuda.matmul, torch.backends.cudnn.conv
     before = [backend.fp32_precision for backend in backends]
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is as before afterwards
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # monkeypatch restores it afterwards
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     try:
         run_sweep(None, [], options(precision=precision, deterministic=deterministic), None)
@@ -132,7 +132,7 @@ def test_a_sweep_sets_the_arithmetic_of_pytorch(monkeypatch, precision, determin
             backend.fp32_precision = value
 
 
-def test_quiet_shows_the_tables_alone(start, tmp_path):
+def test_quiet_shows_only_the_tables(start, tmp_path):
     code, out, err = start(best_practices.main, *ONE_RUN, tmp_path, "--quiet")
     assert (code, err) == (0, "") and out.startswith("### ")
 
@@ -158,13 +158,13 @@ def test_force_renames_folders_with_other_settings(start, tmp_path):
     code, out, err = run(200, "--force")
     assert (code, err) == (0, "") and f"{one} renamed to {aside[0]}" in out
     second = content(one)
-    code, out, _ = run(200, "--force")  # a folder that fits stays where it is
+    code, out, _ = run(200, "--force")  # a folder with these settings is kept
     assert code == 0 and "aside" not in out and content(one) == second
     run(300, "--force")
     assert [content(path) for path in aside] == [first, second]
 
 
-def test_all_epochs_are_shown_of_a_run_that_begins_anew_without_its_checkpoint(start, tmp_path):
+def test_a_run_restarted_without_its_checkpoint_shows_all_its_epochs(start, tmp_path):
     start(best_practices.main, *ONE_RUN, tmp_path)
     metrics = folder(tmp_path) / "metrics.jsonl"
     metrics.write_text(metrics.read_text().splitlines(keepends=True)[0])
@@ -174,7 +174,7 @@ def test_all_epochs_are_shown_of_a_run_that_begins_anew_without_its_checkpoint(s
     assert code == 0 and out.count(": epoch ") == 2
 
 
-def test_all_is_checked_before_any_run_begins(start, tmp_path, monkeypatch):
+def test_everything_is_checked_before_any_run_starts(start, tmp_path, monkeypatch):
     begun = []
     command = [*TWO_EPOCHS, "--experiments", "cnn-tanh", "fc-tanh", "--results-dir", tmp_path]
     save_run(made_run("fc-tanh", 9, root=tmp_path / "best_practices"))
@@ -190,10 +190,10 @@ def test_all_is_checked_before_any_run_begins(start, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number, steps", [(signal.SIGINT, 9), (signal.SIGTERM, 5)])
-def test_a_stopped_run_keeps_its_batch_and_ends_the_same(
+def test_a_run_stopped_by_a_signal_resumes_with_the_same_results(
     start, tmp_path, six_runs, monkeypatch, number, steps
 ):
-    """A signal in the given one of two epochs' ten steps."""
+    """The signal is sent after the given step; two epochs have ten steps."""
     done, step = [], Trainer.step
 
     def counted(trainer):
@@ -202,7 +202,7 @@ def test_a_stopped_run_keeps_its_batch_and_ends_the_same(
         if len(done) == steps:
             os.kill(os.getpid(), number)
             while signal.getsignal(number) != signal.SIG_DFL:
-                time.sleep(0.001)  # until the main thread has taken notice
+                time.sleep(0.001)  # until the handler has run in the main thread
 
     command = [*TWO_EPOCHS, "--seeds", "0", "1", "--experiments", NAME, "--results-dir", tmp_path]
     with monkeypatch.context() as patch:
@@ -222,7 +222,7 @@ def test_a_stopped_run_keeps_its_batch_and_ends_the_same(
         assert outcome(folder(tmp_path, seed=seed)) == expected[f"{NAME}/seed-{seed}"]
 
 
-def test_a_run_that_fails_ends_the_others_with_a_checkpoint(start, tmp_path, monkeypatch):
+def test_a_failing_run_stops_the_other_runs_with_a_checkpoint(start, tmp_path, monkeypatch):
     step = Trainer.step
 
     def failing(trainer):

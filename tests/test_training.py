@@ -1,4 +1,4 @@
-"""A run's arithmetic: its steps with and without each speed-up, alone and beside others."""
+"""Training steps give equal numbers with every speed-up and beside other runs; bf16 is close."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +21,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
 FC = Network(hidden=(8, 7, 6), batchnorm=True, dropout_input=0.1, dropout_fc=0.3)
 CNN = Network("cnn", batchnorm=True, dropout_input=0.2)
-POOLED = Network("cnn", dropout_fc=0.2)  # in which Tanh and pooling change places
+POOLED = Network("cnn", dropout_fc=0.2)  # Tanh and pooling swap places
 BOTTLENECK = Network(hidden=(8, 7, 6), bottleneck=0.5)
 NETWORKS = pytest.mark.parametrize(
     "network", [FC, CNN, POOLED, BOTTLENECK], ids=["fc", "cnn", "pooled", "bottleneck"]
@@ -31,7 +31,7 @@ DATA = tiny.tiny((1, 15, 15), train=85)  # ten batches
 
 @pytest.fixture
 def deterministic(monkeypatch):
-    """As --deterministic, without which some of cuDNN's sums differ from call to call."""
+    """Sets PyTorch as --deterministic does, since some of cuDNN's sums differ between calls."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(torch.cuda.is_available())
     yield
@@ -51,14 +51,14 @@ def train(trainer, epochs=2):
 
 
 def state(trainer):
-    """Weights, buffers, totals and random state, to compare bit by bit."""
+    """Returns weights, buffers, totals and random state, to compare bit by bit."""
     state = trainer.state_dict()
     tensors = {**state["model"], "totals": state["totals"], "generator": state["generator"]}
     return {name: tensor.tolist() for name, tensor in tensors.items()}
 
 
 def assert_same_training(captured, plain):
-    """Launches of several steps add up the totals in another order; all else is equal in bits."""
+    """Asserts equal bits. A launch of several steps may change the rounding of the totals."""
     ours, theirs = state(captured), state(plain)
     assert ours.pop("totals") == pytest.approx(theirs.pop("totals"))
     assert ours == theirs
@@ -66,8 +66,8 @@ def assert_same_training(captured, plain):
 
 @NETWORKS
 @pytest.mark.parametrize("method", ["dfa", "bp"])
-def test_a_fast_step_agrees_with_a_plain_one(network, method):
-    # The scripts' rate; a much larger one doubles the difference in each step.
+def test_a_fast_step_agrees_with_a_plain_step(network, method):
+    # The scripts' learning rate; a much larger rate doubles the difference in each step.
     fast, plain = (trainer(network, method=method, lr=5e-4) for _ in range(2))
     before = {name: value.double() for name, value in plain.model.state_dict().items()}
     for module in plain.model.modules():
@@ -80,7 +80,7 @@ def test_a_fast_step_agrees_with_a_plain_one(network, method):
     plain.model.to(memory_format=torch.contiguous_format)
     assert any(isinstance(m, Linear) and m.lr == 5e-4 for m in fast.model.modules())
     for one in (fast, plain):
-        one.model.double()  # rounding shall not decide which of two pixels a pooling picks
+        one.model.double()  # so that rounding does not decide which pixel a pooling picks
         one.begin(1)
         while one.batches.left:
             x, y = one.batches.take()
@@ -134,7 +134,7 @@ def test_no_step_waits_for_the_device(network, monkeypatch):
 
 
 @DEVICES
-def test_runs_side_by_side_give_what_each_gives_alone(device, deterministic):
+def test_parallel_runs_give_the_bits_of_serial_runs(device, deterministic):
     def work(run):
         network, seed = run
         with own_stream(torch.device(device)):
@@ -154,7 +154,7 @@ def test_runs_side_by_side_give_what_each_gives_alone(device, deterministic):
     assert all(a[0] != b[0] for a, b in zip(alone[::2], alone[1::2]))
 
 
-def test_one_thread_alone_waits_for_those_together():
+def test_an_exclusive_lock_waits_for_a_shared_lock():
     lock, order = SharedLock(), []
     inside, leave = threading.Event(), threading.Event()
 
@@ -182,10 +182,10 @@ def test_one_thread_alone_waits_for_those_together():
 
 @DEVICES
 @NETWORKS
-def test_a_launch_of_several_steps_gives_the_bits_of_single_ones(
+def test_a_launch_of_several_steps_gives_the_bits_of_single_steps(
     network, device, deterministic, monkeypatch
 ):
-    """On a CPU, the launch does the steps again."""
+    """On a CPU, a launch calls the steps in place of a CUDA graph."""
     if device == "cpu":
         monkeypatch.setattr("mltools.training.capture", lambda steps, state, generator: steps)
     with own_stream(torch.device(device)):
@@ -193,7 +193,7 @@ def test_a_launch_of_several_steps_gives_the_bits_of_single_ones(
         captured.capture()
         train(plain, 3), train(captured, 3)
         assert_same_training(captured, plain)
-        # Resumed within an epoch, it goes step by step up to the next launch.
+        # Resumed within an epoch, the trainer takes single steps up to the next launch.
         captured.begin(4, 7), plain.begin(4, 7)
         for left in (2, 1, 0):
             captured.step(), plain.step()
@@ -202,8 +202,8 @@ def test_a_launch_of_several_steps_gives_the_bits_of_single_ones(
 
 
 @pytest.mark.parametrize("fail", [False, True])
-def test_recording_leaves_no_trace(monkeypatch, fail):
-    """Against a stand-in for CUDA graphs; its calls and those of the steps are in order."""
+def test_recording_a_graph_leaves_the_state_unchanged(monkeypatch, fail):
+    """A mock replaces CUDA graphs, and records the order of its own calls and of the steps."""
     graph = Mock()
     for name in ("CUDAGraph", "Event", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, Mock(return_value=graph))
@@ -232,7 +232,7 @@ def test_recording_leaves_no_trace(monkeypatch, fail):
         launch(), launch()
         assert graph.replay.call_count == 2
     graph.reset_mock()
-    record()  # on the same stream
+    record()  # again, on the same stream
     assert graph.mock_calls == [call.reset()] * (not fail) + recording
 
 
