@@ -1,4 +1,4 @@
-"""The benchmarks: the operations that they count, and the networks that they convert to DFA."""
+"""The benchmarks count the products of a step, and convert their networks to DFA correctly."""
 
 import sys
 from pathlib import Path
@@ -17,16 +17,16 @@ from step import count_flops, training_step
 N = 6
 CONVOLUTIONS = [25 * 2 * 32 * 15 * 16, 25 * 32 * 64 * 7 * 7, 25 * 64 * 64 * 3 * 3]
 LINEARS = [64 * 128, 128 * 3]
-FEEDBACK = 3 * 32 * 7 * 7  # one product, as wide as the widest point
+FEEDBACK = 3 * 32 * 7 * 7  # one product, as wide as the widest feedback point
 FORWARD = sum(CONVOLUTIONS + LINEARS)
 
 
 @pytest.mark.parametrize("protocol, method, other, count_of_works", [
     ("corrected", "dfa", FEEDBACK, 11),
-    ("release", "dfa", FEEDBACK + LINEARS[1], 12),  # BP before the last layer
+    ("release", "dfa", FEEDBACK + LINEARS[1], 12),  # BP through the last layer
     ("corrected", "bp", FORWARD - CONVOLUTIONS[0], 12),
 ])  # fmt: skip
-def test_the_products_of_the_papers_cnn(protocol, method, other, count_of_works):
+def test_the_products_of_the_papers_cnn_are_counted(protocol, method, other, count_of_works):
     model = Network("cnn").build((2, 15, 16), 3, protocol, training_method=method)
     count, works = products(model, torch.randn(N, 2, 15, 16))
     assert count == N * (2 * FORWARD + other) and len(works) == count_of_works
@@ -35,7 +35,7 @@ def test_the_products_of_the_papers_cnn(protocol, method, other, count_of_works)
 
 
 @pytest.mark.parametrize("name", ["fc", "cnn"])
-def test_both_counts_of_a_step_agree(name):
+def test_products_agree_with_the_flop_counter(name):
     network = NETWORKS[name]
     bp, (x, y) = network.build(), network.batch()
     for model in (bp, network.to_dfa(bp)):
@@ -43,7 +43,7 @@ def test_both_counts_of_a_step_agree(name):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_network_as_a_dfa_network(name):
+def test_a_converted_network_has_the_bp_gradients_and_finite_dfa_gradients(name):
     network = NETWORKS[name]
     torch.manual_seed(0)
     bp, (x, y) = network.build(), network.batch()

@@ -1,4 +1,4 @@
-"""best_practices.py: the paper's experiments, its files, and one line for each error."""
+"""best_practices.py runs the paper's experiments, writes files, and reports errors in one line."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ DIGITS = ("--dataset", "Digits", "--device", "cpu")
 PROTOCOL = {"dataset": "CIFAR-10", "batch_size": 128, "protocol": "release"}
 
 
-def test_the_experiments_are_the_papers():
+def test_the_experiments_match_the_paper():
     changes = {
         "tanh": {},
         "relu": {"activation": "relu"},
@@ -53,13 +53,13 @@ def test_the_tables_show_every_activation():
         assert layers == [name for name, _ in model.named_children() if name.startswith("act")]
 
 
-def test_the_defaults_are_the_papers(start):
+def test_the_defaults_match_the_paper(start):
     _, out, _ = start(best_practices.main, "--help")
     for default in ("CIFAR-10", "50", "128", "0 1 2 3 4 5 6 7 8 9", "release", "float32"):
         assert f"(default: {default})" in " ".join(out.split())
 
 
-def test_a_run_leaves_its_files_and_is_not_run_again(start, tmp_path):
+def test_a_sweep_writes_its_files_and_skips_finished_runs(start, tmp_path):
     options = [*DIGITS, "--results-dir", tmp_path, "--epochs", "1", "--seeds", "0", "1"]
     options += ["--experiments", "fc-tanh", "fc-bp"]
     code, out, err = start(best_practices.main, *options)
@@ -104,12 +104,12 @@ def test_a_run_leaves_its_files_and_is_not_run_again(start, tmp_path):
         (["--tables-only", "--results-dir", "reslts"], "reslts/best_practices has no results"),
     ],
 )
-def test_wrong_options_are_one_line_and_leave_nothing(
+def test_wrong_options_are_reported_in_one_line_and_create_nothing(
     start, tmp_path, monkeypatch, arguments, message
 ):
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("mine")
-    short = ("--experiments", "fc-bp", "--epochs", "1", "--seeds", "0")  # were it to run after all
+    short = ("--experiments", "fc-bp", "--epochs", "1", "--seeds", "0")  # in case it runs
     code, out, err = start(best_practices.main, *DIGITS, *short, *arguments)
     assert code == 2 and out == "" and err.count("\n") == 1
     assert err.startswith("error: ") and message in err
@@ -125,14 +125,14 @@ def test_tables_only_without_a_finished_run_says_so(start, tmp_path):
 
 
 @pytest.mark.parametrize("name, epochs, shown", [("fc-tanh", 3, "38.80"), ("cnn-tanh", 5, "37.30")])
-def test_the_release_stands_beside_our_runs(name, epochs, shown):
+def test_the_table_has_the_releases_numbers_beside_ours(name, epochs, shown):
     run = made_run(name, test=epochs * [12.5], **PROTOCOL)
     (table,) = best_practices.make_tables([EXPERIMENTS[name]], {name: [run]}).values()
     text = table.markdown()
     assert "12.50" in text and f"| {name}, 2019 release |" in text and shown in text
 
 
-def test_the_reference_numbers_are_whole():
+def test_the_reference_numbers_are_complete():
     for name in ("release.json", "published_bottleneck.json"):
         runs = json.loads((ROOT / "reference" / name).read_text())["runs"]
         for run in runs.values():

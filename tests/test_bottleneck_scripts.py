@@ -1,4 +1,4 @@
-"""The bottleneck sweep, its report, and the same report from logs."""
+"""bottleneck.py runs the paper's sweep, and its results and logs give the same report."""
 
 import csv
 import subprocess
@@ -23,7 +23,7 @@ DIGITS = ("--dataset", "Digits", "--device", "cpu", "--epochs", "1")
 
 
 def cells_of(folder):
-    """Returns the CSV's line of each row of the table, without those of single runs."""
+    """Returns {experiment: its line of table.csv}, without the lines of single runs."""
     with open(folder / "table.csv", encoding="utf-8") as file:
         lines = {line["experiment"]: line for line in csv.DictReader(file)}
     return {name: line for name, line in lines.items() if "/" not in name}
@@ -39,7 +39,7 @@ def experiments(**options):
 # The sweep
 
 
-def test_the_experiments_are_the_papers():
+def test_the_experiments_match_the_paper():
     chosen = experiments()
     assert [x.name for x in chosen] == [f"{init}-{b}" for init in ("std", "pai") for b in SIZES]
     for x, size in zip(chosen, 2 * SIZES):
@@ -48,7 +48,7 @@ def test_the_experiments_are_the_papers():
         assert (x.training_method, x.reduction, x.learning_rate) == ("dfa", "sum", 5e-4)
 
 
-def test_the_kind_width_has_a_narrow_layer(start):
+def test_kind_width_makes_the_layer_itself_narrow(start):
     (narrow,) = experiments(kind="width", sizes=[18], init=["pai"])
     assert narrow.prealigned and narrow.network == Network(hidden=(800, 18, 800))
     options = "--kind width --sizes 18 --init pai --list".split()
@@ -56,7 +56,7 @@ def test_the_kind_width_has_a_narrow_layer(start):
 
 
 @pytest.mark.parametrize("size", [0, 801])
-def test_a_size_out_of_range_is_one_line(start, tmp_path, size):
+def test_a_size_out_of_range_is_reported_in_one_line(start, tmp_path, size):
     options = ("--results-dir", tmp_path / "results", "--sizes", 18, size)
     code, out, err = start(bottleneck.main, *options)
     assert (code, out) == (2, "")
@@ -66,7 +66,7 @@ def test_a_size_out_of_range_is_one_line(start, tmp_path, size):
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
-    """A short sweep on the digits, by the command itself: its folder and its output."""
+    """Runs a short sweep on Digits from the command line; returns its folder and its stdout."""
     results = tmp_path_factory.mktemp("results")
     arguments = [*DIGITS, "--sizes", "18", "800", "--results-dir", results]
     command = [sys.executable, ROOT / "bottleneck.py", *arguments]
@@ -74,12 +74,12 @@ def swept(tmp_path_factory):
     return results / "bottleneck", done.stdout
 
 
-def test_a_sweep_leaves_its_files(swept):
+def test_a_sweep_writes_its_files(swept):
     folder, out = swept
     names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     assert names == {*TABLES, *PNGS, *PDFS, "report.html", *SWEPT}
     assert (folder / "table.md").read_text(encoding="utf-8") in out and "epoch 1/1" in out
-    assert tuple(cells_of(folder)) == SWEPT  # none is published for Digits
+    assert tuple(cells_of(folder)) == SWEPT  # no published rows for Digits
 
 
 @pytest.mark.filterwarnings("error")
@@ -123,7 +123,7 @@ def test_a_log_of_the_release_counts_a_run_once(start, tmp_path, before):
 
 
 @pytest.mark.usefixtures("quick_figures")
-def test_two_finished_runs_of_one_seed_that_differ_are_refused(start, tmp_path):
+def test_finished_runs_of_one_seed_with_different_settings_are_refused(start, tmp_path):
     for i, settings in enumerate(({}, {"batch_size": 64}, {"batch_size": 32, "epochs": 3})):
         save_run(made_run("std-118", root=tmp_path / str(i), **settings))
     first, other, unfinished = (tmp_path / str(i) for i in range(3))
@@ -139,7 +139,7 @@ def test_two_finished_runs_of_one_seed_that_differ_are_refused(start, tmp_path):
     (["."], "bottleneck sweep"),
     (["missing", "--output", "out"], "missing"),
 ])  # fmt: skip
-def test_sources_without_a_sweep_are_an_error(start, tmp_path, monkeypatch, arguments, message):
+def test_sources_without_a_sweep_are_refused(start, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "log.txt").write_text("nothing here\n")
     code, _, err = start(bottleneck_from_log.main, *arguments)
@@ -153,7 +153,7 @@ PAPERS = {"dataset": "CIFAR-10", "epochs": 50, "batch_size": 128}
 
 
 def made(name, test, cosine, **settings):
-    """Makes a run of 50 epochs as in the paper, of which only the last is known."""
+    """Makes a run with the paper's settings, and only the last of its 50 epochs."""
     cosines = {"act1": [cosine / 2], "act2": [cosine]}
     run = made_run(name, test=[test], cosines=cosines, **{**PAPERS, **settings})
     run.epochs[0]["epoch"] = 50
@@ -161,13 +161,13 @@ def made(name, test, cosine, **settings):
 
 
 def report(folder, *runs):
-    """Writes a report on one run of each experiment; returns its table."""
+    """Writes the report of runs, one per experiment; returns the lines of its table."""
     by_name = {run.path.parent.name: [run] for run in runs}
     write_bottleneck_report(by_name, folder, bottleneck.REFERENCE)
     return cells_of(folder)
 
 
-def test_figures_show_our_numbers_and_the_published_ones_beside_them(tmp_path, monkeypatch):
+def test_figures_show_our_numbers_beside_the_published_numbers(tmp_path, monkeypatch):
     saved = record_figures(monkeypatch)
     runs = [made("std-118", 40.0, 0.75), made("std-18", 39.0, 0.5), made("std-8", 9, 0, epochs=51)]
     runs += [made("pai-18", 38.0, 0.25), made("pai-118", 41.0, 1, dataset="CIFAR-100")]
@@ -203,12 +203,12 @@ def test_figures_show_our_numbers_and_the_published_ones_beside_them(tmp_path, m
     assert accuracy["standard init, train, published"] == [[18, 45.3], [118, 58.5]]
     lines = [bars.lines[0] for bars in saved[1].axes[0].containers]
     styles = {(x.get_marker(), x.get_linestyle(), x.get_markerfacecolor()) for x in lines}
-    assert len(styles) == len(lines) == 8  # without their colours, too
+    assert len(styles) == len(lines) == 8  # even without their colours
 
 
 @pytest.mark.usefixtures("quick_figures")
 @pytest.mark.parametrize("name, prefix", [("std-117", ""), ("width-std-118", "width-")])
-def test_no_published_numbers_stand_beside_another_experiment(tmp_path, name, prefix):
+def test_other_experiments_get_no_published_numbers(tmp_path, name, prefix):
     assert list(report(tmp_path, made(name, 40.0, 0.5))) == [name]
     stems = {path.stem for path in tmp_path.glob("*.png")}
     assert stems == {f"{prefix}{stem}" for stem in FIGURES}

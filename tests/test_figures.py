@@ -1,4 +1,4 @@
-"""Figures: they draw the numbers of the runs, and all of it can be read."""
+"""Figures draw the numbers of the runs, with legible texts and distinct lines."""
 
 import itertools
 
@@ -29,7 +29,7 @@ def legend(figure):
 
 
 def accuracies(*means):
-    """Accuracy in each epoch, with a deviation of 2 between seeds."""
+    """Makes test and train accuracy curves, with a standard deviation of 2 over seeds."""
     return {split: {i: (x, 2.0) for i, x in enumerate(means, 1)} for split in ("test", "train")}
 
 
@@ -40,16 +40,16 @@ EXPERIMENTS = {
 }
 
 
-def test_alignment_has_a_panel_per_layer_and_a_line_with_its_band_per_experiment(drawn, stem):
+def test_alignment_has_a_panel_per_layer_and_a_line_with_a_band_per_experiment(drawn, stem):
     made = figures.epochs_figure({"": EXPERIMENTS}, ["act1", "act2"], COSINE, "Title", stem)
     act1, act2 = drawn[0].axes
     assert (act1.get_title(), act2.get_title()) == ("act1", "act2")
     assert act1.get_ylim() == act2.get_ylim()  # though act2 has no line
     assert act1.get_xlabel() == "epoch" and drawn[0].get_supylabel() == COSINE
-    _, a, b = act1.lines  # after the line at zero
+    _, a, b = act1.lines  # the first line is at zero
     assert a.get_xydata().tolist() == [[1, 0.2], [2, 0.3]]
     assert b.get_xydata().tolist() == [[1, -0.1], [2, 0.0]]
-    (band,) = act1.collections  # fc-b has one seed
+    (band,) = act1.collections  # fc-b has one seed, and so no band
     corners = {(x, round(y, 6)) for x, y in band.get_paths()[0].vertices}
     assert corners == {(1, 0.1), (1, 0.3), (2, 0.2), (2, 0.4)}
     assert colors.same_color(band.get_facecolor()[0][:3], a.get_color())
@@ -57,7 +57,7 @@ def test_alignment_has_a_panel_per_layer_and_a_line_with_its_band_per_experiment
     assert "fc-a, fc-b" in made.alt and made.caption.startswith("Title: cosine")
 
 
-def test_test_is_solid_and_train_dashed_and_an_experiment_has_one_style(drawn, stem):
+def test_test_lines_are_solid_train_lines_dashed_and_experiments_keep_their_style(drawn, stem):
     figures.epochs_figure({"": EXPERIMENTS}, ["test", "train"], ACCURACY, "Title", stem)
     figures.epochs_figure({"": EXPERIMENTS}, ["act1"], COSINE, "Title", stem)
     test, train = drawn[0].axes
@@ -71,7 +71,7 @@ def test_test_is_solid_and_train_dashed_and_an_experiment_has_one_style(drawn, s
 
 
 @pytest.mark.parametrize("order", ["", "size"])
-def test_one_epoch_is_a_marker_at_a_whole_number(drawn, stem, order):
+def test_a_single_epoch_is_a_marker_with_an_integer_tick(drawn, stem, order):
     lines = {"5": {}, "18": {"act1": {1: (0.25, None)}}}
     figures.epochs_figure({"": lines}, ["act1"], COSINE, "", stem, order)
     ax = drawn[0].axes[0]
@@ -96,7 +96,7 @@ def test_ordered_lines_go_from_dark_to_light_and_the_colour_bar_names_them(drawn
     assert light[0] + 0.2 < light[1] < light[2] - 0.2 and light[2] < 0.8
 
 
-def test_final_alignment_is_a_marker_with_its_bar_per_layer_and_row(drawn, stem):
+def test_final_alignment_is_a_marker_with_a_bar_per_layer_and_row(drawn, stem):
     rows = [
         Row("a", alignment={"act1": (0.25, 0.1), "act2": (0.5, 0.2)}, settings={"epochs": 2}),
         Row("bp", test=(50.0, None), settings={"epochs": 2}),
@@ -118,7 +118,7 @@ def test_final_alignment_is_a_marker_with_its_bar_per_layer_and_row(drawn, stem)
     assert "Open markers" in made.caption and "a, a, elsewhere" in made.alt
 
 
-def test_a_sweep_draws_means_with_their_bars_on_a_log_axis(drawn, stem):
+def test_a_sweep_figure_has_means_with_bars_on_a_log_axis(drawn, stem):
     series = {
         "ours": ({118: (0.7, 0.5), 1: (0.1, None)}, {"linestyle": "-"}),
         "theirs": ({118: (0.8, None)}, {"linestyle": "none"}),
@@ -138,7 +138,7 @@ def test_a_sweep_draws_means_with_their_bars_on_a_log_axis(drawn, stem):
     assert ours.lines[2][0].get_segments()[1][:, 1] == pytest.approx([0.2, 1.2])
     assert theirs.lines[0].get_linestyle() == "None" and ax.get_xscale() == "log"
     assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_title()) == ("size", COSINE, "act1")
-    # The axis of a cosine is the published one, whatever the bars, and shows every mean.
+    # The axis of a cosine is from 0, or the lowest mean, to 1, whatever the bars.
     assert ax.get_ylim() == (0, 1) and drawn[2].axes[0].get_ylim()[1] > 1.2
     assert [(ax.get_title(), ax.get_ylim()) for ax in drawn[1].axes] == [
         ("act1", (-0.25, 1)), ("act2", (-0.25, 1))
@@ -151,7 +151,7 @@ def test_a_sweep_draws_means_with_their_bars_on_a_log_axis(drawn, stem):
     lambda stem: figures.final_figure([Table("", [Row("fc-bp")], ["act1"])], stem),
     lambda stem: figures.sweep_figure({"": {"": ({}, {})}}, "", "", "", stem),
 ])  # fmt: skip
-def test_without_a_point_no_figure_is_written_and_an_earlier_one_is_removed(draw, stem):
+def test_without_a_point_no_figure_is_written_and_an_earlier_figure_is_removed(draw, stem):
     for kind in ("png", "pdf"):
         stem.with_suffix(f".{kind}").write_text("of other runs")
     assert draw(stem) is None and list(stem.parent.iterdir()) == []
@@ -162,7 +162,7 @@ def test_figures_are_png_and_pdf_and_change_no_global_state(tmp_path):
     figures.epochs_figure(lines, ["test"], ACCURACY, "", tmp_path / "new" / "figure.v2")
     png, pdf = ((tmp_path / "new" / f"figure.v2.{kind}").read_bytes() for kind in ("png", "pdf"))
     assert png.startswith(b"\x89PNG") and pdf.startswith(b"%PDF")
-    assert b"/Subtype /Type3" not in pdf  # its text can be edited
+    assert b"/Subtype /Type3" not in pdf  # so the text can be edited
     for key in figures.STYLE:
         assert matplotlib.rcParams[key] == matplotlib.rcParamsDefault[key]
 
@@ -171,7 +171,7 @@ LAYERS = [f"act{i}" for i in range(1, 5)]
 
 
 def long_curves(names):
-    """Curves of 50 epochs, which differ between names."""
+    """Makes curves of 50 epochs, different for each name."""
     means = [{x: ((i + 1) / 20 + x / 200, 0.02) for x in range(1, 51)} for i in range(len(names))]
     return {x: dict.fromkeys(["test", "train", *LAYERS], y) for x, y in zip(names, means)}
 
@@ -211,7 +211,7 @@ def tick_labels(axis):
         dict.fromkeys(LAYERS[:3], SERIES), "t", "size b", COSINE, stem
     ),
 ])  # fmt: skip
-def test_no_text_is_cut_off_too_small_or_over_another(draw, drawn, stem):
+def test_no_text_is_clipped_too_small_or_overlapping(draw, drawn, stem):
     made = draw(stem)
     (figure,) = drawn
     figure.draw_without_rendering()
@@ -228,7 +228,7 @@ def test_no_text_is_cut_off_too_small_or_over_another(draw, drawn, stem):
     assert min(text.get_fontsize() for text in texts) >= 7
 
 
-def test_lines_differ_without_colour_and_their_markers_do_not_coincide(drawn, stem):
+def test_lines_differ_in_colour_in_marker_and_in_marker_position(drawn, stem):
     figures.epochs_figure({"": LONG}, ["test"], ACCURACY, "t", stem)
     lines = drawn[0].axes[0].lines
     for styles in zip(*((x.get_color(), x.get_marker(), x.get_markevery()[0]) for x in lines)):

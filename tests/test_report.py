@@ -1,4 +1,4 @@
-"""report.html: one file with all results, whose only links lead to the runs."""
+"""report.html is one self-contained file with all results, and links only to the runs."""
 
 import base64
 from urllib.parse import unquote
@@ -17,7 +17,7 @@ RUNS = "Every run, after its last epoch so far"
 
 
 def parse(folder):
-    """Parses a page, which is XML too: its root, and its tables by caption."""
+    """Parses the page, which is valid XML; returns its root, and its tables by caption."""
     root = ElementTree.fromstring((folder / "report.html").read_text(encoding="utf-8"))
     tables = {
         table.findtext("caption"): [["".join(c.itertext()) for c in tr] for tr in table.iter("tr")]
@@ -34,7 +34,7 @@ def saved(name, seed, test, root, **options):
 
 @pytest.fixture
 def page(tmp_path):
-    """A page with everything on it: its folder, the tables given, its root and its tables."""
+    """Writes a page with all elements; returns its folder, input tables, root and parsed tables."""
     folder = tmp_path / "results"
     three = (40.125, 40.25, 40.375)
     wide, narrow = (
@@ -66,7 +66,7 @@ def page(tmp_path):
     return folder, tables, *parse(folder)
 
 
-def test_every_cell_of_the_tables_is_there_and_escaped(page):
+def test_every_cell_of_the_tables_is_shown_and_escaped(page):
     folder, given, root, tables = page
     assert HOSTILE not in (folder / "report.html").read_text(encoding="utf-8")
     assert [root.findtext(".//title"), root.findtext(".//h1")] == 2 * [f"Title {HOSTILE}"]
@@ -74,7 +74,7 @@ def test_every_cell_of_the_tables_is_there_and_escaped(page):
         assert tables[table.title] == table.cells()
 
 
-def test_figures_are_in_the_page_which_loads_nothing(page):
+def test_figures_are_embedded_and_the_page_loads_nothing(page):
     folder, _, root, _ = page
     image = root.find(".//img")
     kind, data = image.get("src").split(",")
@@ -101,7 +101,7 @@ def test_every_run_is_listed_with_its_state_and_its_last_numbers(page):
     ]  # fmt: skip
 
 
-def test_links_lead_below_the_page_and_nowhere_else(page):
+def test_links_lead_only_below_the_folder_of_the_page(page):
     folder, _, root, _ = page
     links = [(link.text, link.get("href")) for link in root.iter("a")]
     logs = [address for text, address in links if text == "log"]
@@ -112,7 +112,7 @@ def test_links_lead_below_the_page_and_nowhere_else(page):
         assert (folder / unquote(address)).samefile(folder / text) and "#" not in address
 
 
-def test_settings_that_all_experiments_share_and_versions_stand_once(page):
+def test_common_settings_and_versions_are_listed_once(page):
     tables = page[3]
     assert dict(tables["Common to all experiments"]) == {
         "setting": "value", "dropout": "no", "dataset": "tiny", "epochs": "3",

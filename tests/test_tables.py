@@ -1,4 +1,4 @@
-"""Tables: the right means of the right runs, and the same numbers in all forms."""
+"""Tables average the finished runs of each experiment, with the same numbers in all formats."""
 
 import csv
 import io
@@ -38,9 +38,9 @@ def test_accuracies_are_means_and_sample_standard_deviations_over_seeds():
     }
 
 
-def test_the_alignment_is_that_of_the_first_run_with_the_highest_final_train_accuracy():
+def test_the_alignment_is_from_the_first_run_with_the_highest_final_train_accuracy():
     runs = [made_run("fc", seed, cosines={"act1": [0, seed / 8]}) for seed in range(4)]
-    # The first one was better before, and the last one is as good.
+    # Run 0 was better in an earlier epoch, and run 3 is as good as run 2.
     for run, trained in zip(runs, [(99, 50), (40, 60), (40, 70), (40, 70)]):
         for metrics, accuracy in zip(run.epochs, trained):
             metrics |= {"train_accuracy": float(accuracy), "test_accuracy": 100.0 - accuracy}
@@ -48,7 +48,7 @@ def test_the_alignment_is_that_of_the_first_run_with_the_highest_final_train_acc
     assert row.alignment == {"act1": (0.25, 0.125)} and row.angles_from == "fc/seed-2"
 
 
-def test_an_epoch_that_some_runs_lack_is_the_mean_of_the_others():
+def test_an_epoch_missing_in_some_runs_is_averaged_over_the_others():
     cosines = [0.1, 0.2, 0.3], [0.3, 0.4, 0.5], [0.5, 0.6, 0.7]
     runs = [made_run(seed=i, test=(1, 2, 3), cosines={"act1": x}) for i, x in enumerate(cosines)]
     del runs[0].epochs[1]  # as from a damaged log
@@ -71,14 +71,14 @@ def test_unfinished_missing_and_diverged_runs_are_only_counted():
     assert row.curves["test"] == {1: (42.0, None), 2: (43.0, None)}
 
 
-def test_runs_of_different_settings_do_not_share_a_row():
+def test_runs_with_different_settings_are_not_averaged():
     runs = [made_run(seed=seed, batch_size=8 + seed) for seed in (0, 1)]
     with pytest.raises(UserError, match=r"seed-1 .* settings .*\(batch_size is 8 there, now 9\)"):
         summarise("fc", runs)
 
 
 @pytest.mark.parametrize("name, place, epochs", [("fc-relu", "seed-0", 2), ("fc", "seed-00", 3)])
-def test_a_folder_that_was_renamed_is_refused(name, place, epochs):
+def test_a_renamed_folder_is_refused(name, place, epochs):
     run = made_run("fc", 0, epochs=epochs)
     run.path = run.path.with_name(place)
     with pytest.raises(UserError, match=f"{place} holds fc with seed 0: move it where"):
@@ -96,7 +96,7 @@ def test_a_title_has_each_protocol_once_and_the_precision_if_it_is_not_float32()
     ]
 
 
-def test_all_forms_have_the_same_numbers(tmp_path):
+def test_all_formats_have_the_same_numbers(tmp_path):
     rows = [
         Row("a_b", (40.12345, 1.5), (50.0, None), {"act1": (0.25, 0.0625)}, "a_b/seed-0", 2),
         Row("c,d", (39.0, 2.5), (49.0, 0.5), {"act2": (-0.5, 0.125), "lin1": (0.75, None)},
@@ -118,10 +118,10 @@ def test_all_forms_have_the_same_numbers(tmp_path):
     assert float(first["test_accuracy_mean"]) == 40.12345 and first["train_accuracy_std"] == ""
     assert float(second["act2_mean"]) == -0.5 and second["act1_mean"] == ""
     assert (second["experiment"], second["note"]) == ("c,d", "1 diverged")
-    assert (second["lin1_mean"], second["lin1_std"]) == ("0.75", "")  # which no table shows
+    assert (second["lin1_mean"], second["lin1_std"]) == ("0.75", "")  # no table shows lin1
 
 
-def test_the_csv_holds_the_numbers_of_every_seed(tmp_path):
+def test_the_csv_contains_the_numbers_of_every_seed(tmp_path):
     runs = [
         made_run(
             "fc", seed, (40.0 + seed,), cosines={"act1": [seed / 8]}, loss=None if seed == 1 else 1

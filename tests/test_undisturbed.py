@@ -1,4 +1,4 @@
-"""Measuring and pre-alignment leave a model, gradients and random numbers as they were."""
+"""`measure_alignment` and `prealign` restore modes, gradients, hooks and random state."""
 
 import copy
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from dfatools import BottleneckLinear, DFALayer, dfa_from_bp, measure_alignment,
 
 @contextmanager
 def undisturbed(model, changing=()):
-    """Checks the model, but for the weights named in `changing`, and the default generator."""
+    """Checks that a block changes no tensor (except `changing`), setting or random state."""
     gradients = [parameter.grad for parameter in model.parameters()]
 
     def tensors():
@@ -34,7 +34,7 @@ def undisturbed(model, changing=()):
 
 
 class Noisy(nn.Module):
-    """Draws random numbers in eval mode too."""
+    """Dropout, active in eval mode too."""
 
     def forward(self, x):
         return F.dropout(x, 0.5, training=True)
@@ -43,7 +43,7 @@ class Noisy(nn.Module):
 @pytest.mark.parametrize("grad_mode", [torch.enable_grad, torch.no_grad])
 @pytest.mark.parametrize("method", ["dfa", "bp", "shallow"])
 @pytest.mark.parametrize("act, changing", [(measure_alignment, ()), (prealign, ["5.weight"])])
-def test_a_model_with_gradients_in_mixed_modes(act, changing, method, grad_mode):
+def test_modes_gradients_and_random_state_are_restored(act, changing, method, grad_mode):
     x, y = batch()
     layers = nn.Dropout(0.5), nn.Linear(7, 6), nn.Tanh(), nn.BatchNorm1d(6), Noisy()
     bp = nn.Sequential(*layers, nn.Linear(6, 4))
@@ -56,7 +56,7 @@ def test_a_model_with_gradients_in_mixed_modes(act, changing, method, grad_mode)
         assert torch.is_grad_enabled() == (grad_mode is torch.enable_grad)
 
 
-def test_a_loss_that_fails():
+def test_a_failing_loss_leaves_the_model_unchanged():
     x, y = batch()
     model = fc(example=x.float())
     with undisturbed(model), pytest.raises(ZeroDivisionError):
@@ -64,7 +64,7 @@ def test_a_loss_that_fails():
 
 
 class Recording(nn.Tanh):
-    """Records its modes. LoRA, for one, merges weights when `train` sets the mode."""
+    """A Tanh that records its modes. LoRA, for example, merges weights when `train` is called."""
 
     def train(self, mode=True):
         self.modes = [*getattr(self, "modes", []), mode]
@@ -79,7 +79,7 @@ def test_modes_are_restored_by_train(mode):
     assert model.training == model[1].training == mode
 
 
-def test_the_generator_of_a_bottleneck():
+def test_the_generator_of_a_bottleneck_is_restored():
     bottleneck = BottleneckLinear(6, 9, 0.5)
     model = with_dfa(nn.Linear(7, 6), bottleneck, DFALayer(), nn.Linear(9, 4))
     bottleneck.input_generator = generator = torch.Generator().manual_seed(5)
@@ -88,7 +88,7 @@ def test_the_generator_of_a_bottleneck():
     assert torch.equal(generator.get_state(), before) and bottleneck.masking
 
 
-def test_a_feedback_matrix_takes_its_random_numbers_for_good():
+def test_drawing_a_feedback_matrix_advances_the_default_generator():
     first, second = fc(), fc()
     for model in (first, second):
         measure_alignment(model, *batch(), F.cross_entropy)
