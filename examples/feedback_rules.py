@@ -1,10 +1,15 @@
-"""Six other feedback rules, each a subclass of DFA, trained on the embedded digits.
+"""Trains a small network by DFA and by six other feedback rules, each a subclass of `DFA`.
 
     python examples/feedback_rules.py
     python examples/feedback_rules.py --epochs 2
 
-A rule is a class with `signals` of its own: it gets the error, and returns a signal for each
-activation. All else stays as in `dfatools.DFA`: feedback points, compilation, alignment.
+Results on the embedded digits: 10 epochs, seed 0, one run each, about 7 seconds on one CPU core:
+
+    test accuracy    DFA 98.3 %, sign of the error 91.6 %, ternary error 98.7 %, target projection
+                     98.0 %, own matrices 98.3 %, rank 3 93.9 %, learned matrices 99.0 %
+
+A rule overrides `signals`, which receives the error and returns a signal for each activation. It
+inherits everything else from `dfatools.DFA`: feedback points, compilation, alignment.
 """
 
 import argparse
@@ -24,7 +29,7 @@ from mltools.errors import show
 
 
 class SignOfError(DFA):
-    """Sends the signs of e, times the mean magnitude of its entries for each sample."""
+    """Sends the sign of each entry of e, times the mean magnitude of the sample's entries."""
 
     def signals(self, error, activations, matrix):
         signs = error.sign() * error.abs().mean(1, keepdim=True)
@@ -32,9 +37,10 @@ class SignOfError(DFA):
 
 
 class TernaryError(DFA):
-    """Sends -1, 0 or 1 for each entry of e, times the sample's largest: 0 below half of that.
+    """Sends -1, 0 or 1 for each entry of e, times the sample's largest magnitude.
 
-    The photonic co-processor of Launay et al. (2020) takes ternary errors.
+    Entries of at most half of that magnitude become 0. The photonic co-processor of Launay et al.
+    (2020) receives ternary errors.
     """
 
     def signals(self, error, activations, matrix):
@@ -46,8 +52,8 @@ class TernaryError(DFA):
 class TargetProjection(DFA):
     """Sends the target instead of the error: direct random target projection (Frenkel et al. 2021).
 
-    Under a cross-entropy of logits, e is negative at the label alone, and so tells the target. The
-    loss is taken for a plain mean over the rows of e: a factor before it has no effect here.
+    Under a cross-entropy of logits, only the label's entry of e is negative, so e tells the target.
+    The signal has the scale of a plain mean over the rows of e: a factor in the loss is ignored.
     """
 
     def signals(self, error, activations, matrix):
@@ -57,10 +63,11 @@ class TargetProjection(DFA):
 
 
 class OwnMatrices(DFA):
-    """Has a random matrix for each feedback point, instead of one that all share.
+    """Draws a random matrix for each feedback point, instead of one shared by all points.
 
     Args:
-        output_size, sizes: of the network's output, and of the activation at each point.
+        output_size: size of the network's output.
+        sizes: size of the activation at each feedback point.
     """
 
     needs_matrix = False
@@ -76,7 +83,7 @@ class OwnMatrices(DFA):
 
 
 class LowRank(DFA):
-    """Has a shared matrix of low rank, (output size, rank) times (rank, largest size)."""
+    """Shares one matrix of low rank: (output size, rank) times (rank, largest activation size)."""
 
     needs_matrix = False
     left: Tensor
@@ -96,10 +103,10 @@ class LowRank(DFA):
 
 
 class LearnedMatrices(DFA):
-    """Learns the matrices: direct Kolen-Pollack (Webster et al. 2021).
+    """Learns the feedback matrices by direct Kolen-Pollack (Webster et al. 2021).
 
-    B_i gets the gradient e^T h_i, as the output layer's weight gets that of the last activation.
-    With weight decay, which both need, the last B_i and that weight become the same.
+    The gradient of B_i is e^T h_i. For the last activation, this is the gradient of the output
+    layer's weight too: under weight decay on both, the last B_i and that weight become equal.
     """
 
     needs_matrix, needs_values = False, True
@@ -117,7 +124,7 @@ class LearnedMatrices(DFA):
     def rule_gradients(self, error, activations):
         gradients = [torch.zeros_like(matrix) for matrix in self.matrices]
         for point, _, size, value in activations:
-            if shared := self.layers[point].shared_dims:  # each of R positions got e B / sqrt(R)
+            if shared := self.layers[point].shared_dims:  # each of R positions gets e B / sqrt(R)
                 value = value.sum(shared) / math.sqrt(math.prod(value.shape[dim] for dim in shared))
             gradients[point] += error.T @ value.reshape(len(error), size).to(error)
         return gradients
@@ -140,7 +147,7 @@ def main() -> None:
     )
     parser.add_argument("--epochs", type=int, default=10, help="default: %(default)s")
     epochs = parser.parse_args().epochs
-    torch.set_num_threads(1)  # in a network this small, more would mostly wait for one another
+    torch.set_num_threads(1)  # in so small a network, more threads mostly wait for each other
     data = load_dataset("Digits", ".")
     x_test, y_test = next(iter(Loader(data.test, len(data.test), "cpu")))
     for name, (rule, options) in RULES.items():

@@ -1,20 +1,21 @@
-"""GPT-2 of Hugging Face's transformers, unmodified, by Direct Feedback Alignment.
+"""Trains an unmodified GPT-2 of Hugging Face transformers by Direct Feedback Alignment (DFA).
 
     pip install transformers
     python examples/gpt2.py
     python examples/gpt2.py --steps 5
 
-A small GPT-2 with random weights learns the bytes of PyTorch's module.py. On 2 CPU cores, in a
-minute, seed 0, 300 steps, one run each, PyTorch 2.13:
+A small GPT-2 with random initial weights learns to predict the bytes of PyTorch's module.py.
+Results after 300 steps, seed 0, one run each, a minute on 2 CPU cores with PyTorch 2.13:
 
     cross-entropy    backpropagation 1.94 nats a byte, output layer only 2.71, DFA 2.81
     mean cosine      embeddings 0.00, blocks 0.22, 0.19 and 0.20
 
-It becomes a DFA network in a line, but gains nothing from it. Its blocks begin with a norm, behind
-the point, as those of the ResNet that does badly in docs/own-network.md.
+The cross-entropy is the mean training loss of the last 50 steps. One line converts GPT-2 to a DFA
+network, but DFA does not beat training the output layer alone. Like the pre-activation ResNet that
+performs badly in docs/own-network.md, GPT-2 has a norm right behind each feedback point.
 
-Feedback points stand behind the embeddings, the blocks and the last norm. Every token has an error
-of its own, so the batch has two dimensions, (batch, token).
+Feedback points are behind the embeddings, the first two blocks, and the last norm. Each token has
+its own error, so there are two batch dimensions, (batch, token).
 """
 
 import argparse
@@ -37,7 +38,7 @@ POINTS = ["transformer.drop", "transformer.h.0", "transformer.h.1", "transformer
 
 
 def gpt2() -> nn.Module:
-    import_torchvision()  # transformers does, too, and fails beside a PyTorch for CPUs alone
+    import_torchvision()  # first, as transformers' own import of it fails with a CPU-only PyTorch
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
@@ -48,7 +49,7 @@ def gpt2() -> nn.Module:
 
 
 def loss_of(output, tokens: Tensor) -> Tensor:
-    """Computes the mean cross-entropy of each next byte, in nats."""
+    """Returns the mean cross-entropy of the next byte, in nats."""
     return F.cross_entropy(output.logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 

@@ -1,16 +1,16 @@
-"""A small ResNet by Direct Feedback Alignment, its alignment measured, beside backpropagation.
+"""Trains a small ResNet by Direct Feedback Alignment (DFA) and by backpropagation.
 
     python examples/own_network.py
     python examples/own_network.py --epochs 2 --output quick.png
 
-On one CPU core, in about 20 seconds, seed 0, 15 epochs on the embedded digits:
+Results on the embedded digits: 15 epochs, seed 0, one run each, about 20 seconds on one CPU core:
 
     test accuracy    backpropagation 99.7 %, DFA 97.0 %, last layer only 90.9 %
     mean cosine      stem 0.00, block1 0.02, block2 0.17, block3 0.80 (each at its last activation)
 
-All that DFA takes in a network of one's own is marked (1) to (4) below; docs/own-network.md says
-why. The figure shows the test accuracy of the three training methods, and the alignment of each
-layer while DFA trains.
+Comments (1) to (4) mark the additions that turn a network into a DFA network; docs/own-network.md
+explains them. The figure shows the test accuracy of the three training methods, and the alignment
+of each layer during training by DFA.
 """
 
 import argparse
@@ -28,10 +28,10 @@ from mltools.data import DataSet, Loader, TrainingLoader, load_dataset
 from mltools.errors import show
 from mltools.results import user_path
 
-matplotlib.use("Agg")  # files only: no display is needed
+matplotlib.use("Agg")  # writes files without a display
 from matplotlib import pyplot as plt
 
-METHODS = {  # told apart in greyscale too
+METHODS = {  # label and line style, distinguishable in greyscale
     "bp": ("Backpropagation", {"color": "black", "linestyle": "--", "marker": "s"}),
     "dfa": ("DFA", {"color": "#d1711a", "marker": "o"}),
     "shallow": ("Last layer only", {"color": "#808080", "linestyle": ":", "marker": "^"}),
@@ -39,26 +39,26 @@ METHODS = {  # told apart in greyscale too
 
 
 class Block(nn.Module):
-    """Two convolutions with a skip connection around them; behind the sum ends the block."""
+    """Residual block: Tanh of the sum of two convolutions and a skip connection."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
         self.norm1 = nn.BatchNorm2d(outputs)
         self.act1 = nn.Tanh()
-        self.point = DFALayer()  # (1) a feedback point for each hidden activation ...
+        self.point = DFALayer()  # (1) make a feedback point for each hidden activation,
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(outputs)
         self.skip = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
         self.act2 = nn.Tanh()
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.point(self.act1(self.norm1(self.conv1(x))))  # (2) ... called on it
+        h = self.point(self.act1(self.norm1(self.conv1(x))))  # (2) call it there,
         return self.act2(self.norm2(self.conv2(h)) + self.skip(x))
 
 
 class ResNet(nn.Module):
-    """Images (N, 1, 32, 32) to class scores (N, 10)."""
+    """Residual network: images (N, 1, 32, 32) to class scores (N, 10)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,15 +69,15 @@ class ResNet(nn.Module):
             Block(32, 64, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), DFALayer()
         )
         self.head = nn.Linear(64, 10)
-        self.dfa = DFA(self)  # (3) one DFA for them all ...
+        self.dfa = DFA(self)  # (3) make one DFA after all feedback points,
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.block3(self.block2(self.block1(self.stem(x))))
-        return self.dfa(self.head(h))  # (4) ... on the output
+        return self.dfa(self.head(h))  # (4) call it on the output
 
 
 def train(method: str, data: DataSet, epochs: int) -> tuple[list[float], dict[str, list[float]]]:
-    """Test accuracy in percent, and the mean cosine at each activation; after each epoch."""
+    """Trains a ResNet; returns test accuracy (%) and mean cosine per activation, by epoch."""
     torch.manual_seed(0)
     model = ResNet()
     model.dfa.training_method = method
@@ -135,10 +135,10 @@ def main() -> None:
     )
     args = parser.parse_args()
     if args.epochs < 1:
-        parser.error("--epochs: at least 1")
+        parser.error("--epochs must be at least 1")
     if args.output.suffix != ".png" or not args.output.parent.is_dir():
-        parser.error("--output: a .png file, in a folder that is there")
-    torch.set_num_threads(1)  # in a network this small, more would mostly wait for one another
+        parser.error("--output must be a .png file in an existing folder")
+    torch.set_num_threads(1)  # in so small a network, more threads mostly wait for each other
     data = load_dataset("Digits", ".")
     runs = {method: train(method, data, args.epochs) for method in METHODS}
     alignment = runs["dfa"][1]

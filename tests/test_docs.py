@@ -134,4 +134,4 @@ def test_two_processes_train_a_large_network_as_one_does():
 def test_a_batch_that_cannot_be_shared_out(start):
     main = runpy.run_path(str(LARGE))["main"]
     code, _, err = start(main, "--batch-size", 5)
-    assert code == 2 and "--batch-size: a multiple of --accumulation times" in err
+    assert code == 2 and "--batch-size must be a multiple of --accumulation times" in err
