@@ -1,20 +1,20 @@
-"""Times one epoch as the scripts run it, against the plain loop that people write.
+"""Times one epoch of the scripts against one epoch of a plain PyTorch training loop.
 
     python benchmarks/epoch.py                            the paper's two networks, random images
     python benchmarks/epoch.py --networks fc --epochs 5
     python benchmarks/epoch.py --device cuda
 
-An epoch is 390 training steps on 50,000 images, the evaluation on 10,000, the alignment of 128, and
-the files. The plain loop is around the very same step: a torchvision data set whose images are
-decoded, converted and normalised one by one in a `DataLoader` (of `--workers` processes), and
-`.item()` after every batch. The two take turns, epoch by epoch.
+An epoch consists of 390 training steps on 50,000 images, the evaluation on 10,000, the alignment of
+128, and the files of the run. The plain loop takes the very same steps, but its `DataLoader` (with
+`--workers` processes) converts and normalises images one by one, as torchvision's data sets do, and
+the loop calls `.item()` after every batch. It writes no files. The epochs of both loops alternate.
 
-    epoch      seconds, and as a ratio to the plain loop's
-    outside    the share of it that is not the steps' own arithmetic: all but forward passes,
-               backward passes and updates; on CUDA, all but the steps, which are timed apart
-    step       milliseconds, as a ratio to the step's bare matrix products and convolutions (same
-               shapes, same calls, on CUDA in a graph as well), and to their number at the rate of
-               one large matrix product
+    epoch      seconds, and the ratio to an epoch of the plain loop
+    outside    the share of the epoch outside the steps' arithmetic (forward pass, backward pass and
+               update); on CUDA, the share outside the steps, which are timed separately
+    step       milliseconds, and two ratios: to the step's bare matrix products and convolutions
+               (same shapes, same calls, on CUDA in a graph as well), and to the time of their
+               multiply-adds at the rate of one large matrix product
 """
 
 import argparse
@@ -47,11 +47,11 @@ from mltools.results import Metrics, RunFolder
 from mltools.training import Experiment, Run, Trainer, train_run
 
 BATCH = 128
-STEPS = 100  # that are timed by themselves
+STEPS = 100  # timed separately after each epoch, on a CPU
 
 
 class Images(Dataset):
-    """As torchvision's own CIFAR-10: a uint8 array, of which each image is made a PIL image."""
+    """Images of a uint8 array, each converted to a PIL image first, as in torchvision's CIFAR10."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         import_torchvision()
@@ -73,7 +73,7 @@ class Images(Dataset):
 
 
 class TimedTrainer(Trainer):
-    """A trainer that adds up the seconds of its steps' arithmetic."""
+    """Trainer that adds up the seconds of its steps' arithmetic."""
 
     arithmetic = 0.0
 
@@ -110,7 +110,7 @@ def plain_epoch(trainer: Trainer, data: DataSet, workers: int) -> None:
 def graphs_in_turns(
     run: Run, data: DataSet, bare: Callable[[], None], device: torch.device
 ) -> tuple[list[float], list[float]]:
-    """Returns the seconds of a step and of its bare products, as graphs, over some epochs."""
+    """Times CUDA graphs of a step and of its bare products; returns the seconds in each epoch."""
     replay = launched(bare, device)
     with torch.cuda.stream(torch.cuda.Stream(device)):
         trainer = Trainer(run, data, device)
@@ -162,7 +162,7 @@ def measure(name: str, data: DataSet, device: torch.device, epochs: int, workers
         own = time.perf_counter() - since
         if device.type == "cuda" and metrics["epoch"] == 1:
             peak = torch.cuda.max_memory_allocated(device)
-        if metrics["epoch"] > 1:  # the first one sets up
+        if metrics["epoch"] > 1:  # the first epoch sets up
             ours.append(own)
             shares.append(1 - timed.arithmetic / own)
             theirs.append(seconds(lambda: plain_epoch(plain, data, workers), device))
@@ -204,8 +204,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--threads", type=int, help="of the CPU; default: PyTorch's choice")
-    parser.add_argument("--epochs", type=int, default=3, help="of each loop, beside a first one")
+    parser.add_argument("--threads", type=int, help="threads of the CPU; default: PyTorch's choice")
+    parser.add_argument("--epochs", type=int, default=3, help="timed epochs of each loop")
     parser.add_argument("--workers", type=int, default=0, help="of the plain loop's DataLoader")
     parser.add_argument("--networks", nargs="+", choices=("fc", "cnn"), default=("fc", "cnn"))
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Helpers of the benchmarks: the machine, the clock, the arithmetic that a step cannot avoid."""
+"""Helpers of the benchmarks: machine, clock, and the minimal arithmetic of a training step."""
 
 import os
 import platform
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dfatools import DFA, DFALayer
 
-WARM_UP = 5  # calls that are not counted
+WARM_UP = 5  # uncounted calls before the measurement
 
 
 def machine(device: torch.device) -> str:
-    """The hardware, the threads and the versions, in a line."""
+    """Returns the hardware, the number of threads and the versions as one line."""
     return (
         f"{_processor(device)}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads, "
         f"PyTorch {torch.__version__}, Python {platform.python_version()}"
@@ -38,7 +38,7 @@ def _processor(device: torch.device) -> str:
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Returns the seconds that a call takes, the device's work included."""
+    """Returns the seconds of one call, including its work on the device."""
 
     def synchronize() -> None:
         if device.type == "cuda":
@@ -52,10 +52,10 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def launched(work: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """The work, on CUDA as one graph: launched call by call, small networks wait for the host."""
+    """Returns `work`, on CUDA as a graph, since small networks would wait for single launches."""
     if device.type != "cuda":
         return work
-    torch.cuda.synchronize(device)  # the tensors of the work are made on another stream
+    torch.cuda.synchronize(device)  # the tensors of `work` come from another stream
     stream = torch.cuda.Stream(device)
     with torch.cuda.stream(stream):
         for _ in range(WARM_UP):
@@ -75,23 +75,23 @@ def in_turns(
 
 
 def median_ratio(times: Sequence[float], against: Sequence[float]) -> float:
-    """The median over neighbours in time."""
+    """Returns the median ratio between neighbouring measurements."""
     return statistics.median(a / b for a, b in zip(times, against, strict=True))
 
 
 def products(model: nn.Sequential, x: Tensor) -> tuple[int, list[Callable[[], object]]]:
-    """The matrix products and convolutions of a training step, and nothing else of it.
+    """Extracts the matrix products and convolutions of a training step.
 
     Args:
-        model: a plain Sequential or one with feedback points.
+        model: a Sequential, with or without feedback points.
         x: a batch of N images.
 
-    Returns: their multiply-adds, and a function for each that does it, on tensors of the step's
-    shapes, into memory that is there already where PyTorch offers it.
+    Returns: the number of multiply-adds, and functions that each compute one operation on tensors
+    of the step's shapes. Matrix products write their results into preallocated memory.
     """
     count = 0
     works: list[Callable[[], object]] = []
-    fed = []  # size of each feedback point
+    fed = []  # number of features at each feedback point
 
     def note(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
         nonlocal count
@@ -105,7 +105,7 @@ def products(model: nn.Sequential, x: Tensor) -> tuple[int, list[Callable[[], ob
             works.append(_product(sent, matrix))
         elif isinstance(module, (nn.Linear, nn.Conv2d)):
             needs = args[0].requires_grad
-            # Forward, gradient of the weight, and gradient of the input where it is needed.
+            # Forward pass, grad_weight, and grad_input if it is needed.
             count += (2 + needs) * module.weight.numel() * output[:, 0].numel()
             if isinstance(module, nn.Linear):
                 works.append(_product(inner, module.weight.detach().t()))
@@ -138,7 +138,7 @@ def _convolution_backward(module: nn.Conv2d, sent: Tensor, inner: Tensor, needs:
 
 
 def rate_of_a_large_product(device: torch.device) -> float:
-    """Multiply-adds per second of a product of two square float32 matrices."""
+    """Returns the multiply-adds per second of a product of two large square float32 matrices."""
     size = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, size, size, device=device)
     out = torch.empty_like(a)
@@ -147,7 +147,7 @@ def rate_of_a_large_product(device: torch.device) -> float:
 
 
 def write_random_images(path: Path) -> None:
-    """A data set of CIFAR-10's size, for benchmarks that need no real one."""
+    """Writes a random data set of CIFAR-10's size, as an npz file for `load_dataset`."""
     random = np.random.default_rng(0)
     arrays = {}
     for split, count in (("train", 50_000), ("test", 10_000)):

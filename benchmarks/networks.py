@@ -1,12 +1,12 @@
-"""Networks of the kinds that the literature trains with Direct Feedback Alignment.
+"""Ten networks of the kinds that the literature trains by Direct Feedback Alignment.
 
     from networks import NETWORKS
     entry = NETWORKS["gcn"]
     bp, (x, y) = entry.build(), entry.batch()
     entry.loss(entry.to_dfa(bp)(x), y).backward()
 
-Each is written for backpropagation; `Entry.to_dfa` places the feedback points behind its hidden
-blocks, the last one in front of the output layer. All data are random.
+Each network is written for backpropagation. `Entry.to_dfa` places feedback points behind its hidden
+blocks; the last point is in front of the output layer. All data are random.
 """
 
 import sys
@@ -25,20 +25,20 @@ from dfatools import DFALayer, dfa_from_bp
 @dataclass(frozen=True)
 class Entry:
     build: Callable[[], nn.Module]
-    """Makes the network for backpropagation."""
+    """Builds the network for backpropagation."""
     batch: Callable[[], tuple[Tensor, Tensor]]
     """Draws a batch: inputs and targets."""
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
-    """Takes the network's output and the targets."""
+    """Computes the loss from the network's output and the targets."""
     points: tuple[str, ...] | None = None
-    """Submodules with a feedback point behind them; None: an nn.Sequential, where each is found."""
+    """Submodules followed by a feedback point; None for the default points of an nn.Sequential."""
     shared_dims: tuple[int, ...] = ()
-    """Dimensions of the activations whose positions all get the same feedback."""
+    """Dimensions of the activations whose positions all get the same signal."""
     batch_dims: int = 1
     """Leading dimensions that the output and the activations share."""
 
     def to_dfa(self, model: nn.Module) -> nn.Module:
-        """Makes a DFA network of a copy of `model`, which `build` has made."""
+        """Returns a DFA network made from a copy of `model`, a network of `build`."""
         if self.points is None:
             return dfa_from_bp(model, batch_dims=self.batch_dims)
         points = {name: DFALayer(shared_dims=self.shared_dims) for name in self.points}
@@ -77,7 +77,7 @@ class ResidualBlock(nn.Module):
 
 
 def resnet() -> nn.Sequential:
-    """ResNet-18 for images of 32 x 32, with a quarter of its channels."""
+    """Builds a ResNet-18 for images of 32 x 32, with a quarter of its channels."""
     channels = [16, 16, 16, 32, 32, 64, 64, 128, 128]
     blocks = [ResidualBlock(a, b, 1 if a == b else 2) for a, b in zip(channels, channels[1:])]
     model = nn.Sequential()
@@ -89,13 +89,16 @@ def resnet() -> nn.Sequential:
 
 
 class Transformer(nn.Module):
-    """Causal, with scores of the next word at each token, or one answer per sequence."""
+    """Transformer, tokens (N, length) to scores: (N, length, outputs) if causal, else (N, outputs).
+
+    Causal blocks have pre-norm, other blocks have post-norm.
+    """
 
     def __init__(self, causal: bool, outputs: int, length: int = 64, width: int = 128) -> None:
         super().__init__()
         self.causal = causal
         self.word, self.place = nn.Embedding(1000, width), nn.Embedding(length, width)
-        self.embedded = nn.Identity()  # holds a feedback point
+        self.embedded = nn.Identity()  # the place of a feedback point
         self.blocks = nn.ModuleList(
             nn.TransformerEncoderLayer(width, 4, 4 * width, 0.0, "gelu", 1e-5, True, causal)
             for _ in range(4)
@@ -114,12 +117,12 @@ class Transformer(nn.Module):
 
 
 def summed(messages: Tensor, target: Tensor, nodes: int) -> Tensor:
-    """Sums the messages of the edges, (edges, ...), at their targets, (nodes, ...)."""
+    """Sums the messages of the edges, (edges, ...), at their target nodes: (nodes, ...)."""
     return messages.new_zeros(nodes, *messages.shape[1:]).index_add(0, target, messages)
 
 
 class GraphConvolution(nn.Linear):
-    """Sums the neighbours' features, divided by the root of both nodes' degrees."""
+    """Graph convolution: sums neighbours' features, divided by the root of both nodes' degrees."""
 
     def forward(self, x: Tensor, source: Tensor, target: Tensor) -> Tensor:  # type: ignore[override]
         scale = summed(x.new_ones(len(target), 1), target, len(x)).rsqrt()
@@ -127,7 +130,7 @@ class GraphConvolution(nn.Linear):
 
 
 class GraphAttention(nn.Module):
-    """Averages the neighbours' features, weighted by a softmax; (nodes, heads * outputs)."""
+    """Graph attention: softmax-weighted mean of neighbours' features, (nodes, heads * outputs)."""
 
     def __init__(self, inputs: int, heads: int, outputs: int) -> None:
         super().__init__()
@@ -145,7 +148,7 @@ class GraphAttention(nn.Module):
 
 
 class GraphNetwork(nn.Module):
-    """Two layers on one random graph of Cora's size, the same in every step."""
+    """Two graph layers on a fixed random graph of Cora's size: 2,708 nodes, 5,278 edges."""
 
     def __init__(self, first: nn.Module, activation: nn.Module, last: nn.Module) -> None:
         super().__init__()
@@ -159,11 +162,11 @@ class GraphNetwork(nn.Module):
 
 
 class DeepFM(nn.Module):
-    """A factorisation machine and a fully connected network on the same embeddings."""
+    """Factorisation machine and FC network on shared embeddings: indices (N, fields) to (N, 1)."""
 
     def __init__(self, fields: int = 39, size: int = 10, width: int = 400) -> None:
         super().__init__()
-        values = fields * 1000  # of all fields together
+        values = fields * 1000  # number of embeddings, over all fields
         self.first_order = nn.Embedding(values, 1)
         self.embedding = nn.Embedding(values, size)
         nn.init.normal_(self.embedding.weight, std=0.1)
@@ -180,7 +183,7 @@ class DeepFM(nn.Module):
 
 
 class NeRF(nn.Module):
-    """Colour and density of points, given by their positional encoding, 3 + 3 * 2 * 10 numbers."""
+    """NeRF: encodings of points, 3 + 3 * 2 * 10 numbers each, to colour and density, (N, 4)."""
 
     def __init__(self, inputs: int = 63, width: int = 256) -> None:
         super().__init__()
@@ -196,7 +199,7 @@ class NeRF(nn.Module):
 
 
 NETWORKS = {
-    # The 2019 paper's two, and a deeper one.
+    # The two networks of the 2019 paper, and a deeper one.
     "fc": Entry(lambda: fc(3), lambda: (torch.randn(128, 3072), torch.randint(10, (128,)))),
     "cnn": Entry(cnn, lambda: (torch.randn(128, 3, 32, 32), torch.randint(10, (128,)))),
     "deep": Entry(lambda: fc(10), lambda: (torch.randn(128, 3072), torch.randint(10, (128,)))),
@@ -205,7 +208,7 @@ NETWORKS = {
         lambda: (torch.randn(64, 3, 32, 32), torch.randint(10, (64,))),
         points=("stem", *(f"blocks.{i}" for i in range(7)), "pool"),
     ),
-    # The last point is behind the last norm, in front of the output layer.
+    # The last point is behind the final norm, not behind the last block.
     "language": Entry(
         lambda: Transformer(causal=True, outputs=1000),
         lambda: (torch.randint(1000, (8, 64)), torch.randint(1000, (8, 64))),
@@ -231,9 +234,9 @@ NETWORKS = {
         lambda output, y: F.cross_entropy(output[: len(y)], y),
         points=("activation",),
     ),
-    # The first point is on the way from the embeddings to the fully connected layers alone: the
-    # embeddings learn from the factorisation machine, which is the output layer to them, by
-    # backpropagation, and from the fully connected layers by feedback.
+    # The first point is on the path from the embeddings to the fully connected layers only. So the
+    # embeddings get feedback for this path, and true gradients through the factorisation machine,
+    # which is an output layer to them.
     "deepfm": Entry(
         DeepFM,
         lambda: (torch.randint(39 * 1000, (2048, 39)), torch.rand(2048, 1).round()),

@@ -1,18 +1,20 @@
-"""Extrapolates the time that the whole paper takes, from a few epochs of all its experiments.
+"""Estimates the time of the whole paper from a few epochs of all its experiments.
 
-    python benchmarks/paper.py                              on this machine's GPU, or else its CPU
+    python benchmarks/paper.py                              on a GPU if there is one, or on the CPU
     python benchmarks/paper.py --experiments fc-tanh std-118
     python benchmarks/paper.py --precision tf32 --parallel-runs 4
 
-The experiments of best_practices.py (DFA and backpropagation apart) and of bottleneck.py are run as
-the scripts run them, on random images, twice: for one epoch, and for some more. The difference is
-the time of an epoch, the rest that of setting up. (A run before them does, once, the set-up of the
-process, which is counted once.) From both follows the time of 50 epochs of all runs: 10 seeds of
-each experiment of the first script, 14 sizes with each initialisation of the second, of which SIZES
-are run here. Where several runs train at once, there are at least twice as many, so that the time
-of an epoch beside others is measured too. `bound` is the number of multiply-adds in
-the training steps' matrix products and convolutions, at the rate of one large matrix product in the
-same process.
+It trains the experiments of best_practices.py (DFA and backpropagation separately) and of
+bottleneck.py twice on random images: for one epoch, and for `--epochs` more. The difference is the
+time of the further epochs; the remaining time is the set-up. Before them, a single run includes the
+set-up of the process, and is counted once.
+
+The estimate is for 50 epochs of all runs: 10 seeds of each experiment in best_practices.py, and 14
+sizes with each initialisation in bottleneck.py, of which only SIZES are measured. If N runs train
+at once, at least 2 N runs are measured, so that an epoch is timed while other runs train.
+
+`bound` is the time of the multiply-adds in the training steps' matrix products and convolutions, at
+the rate of one large matrix product in the same process.
 """
 
 import argparse
@@ -34,7 +36,7 @@ from mltools.training import PRECISIONS, Experiment
 EPOCHS, SEEDS, BATCH = 50, 10, 128
 SIZES = (18, 118, 308)
 INITS = ("std", "pai")
-# Title, experiments, and how many runs of the paper each of these stands for.
+# Title, measured experiments, and the number of the paper's runs per measured experiment.
 GROUPS: list[tuple[str, list[Experiment], float]] = [
     (
         "best_practices.py",
@@ -55,7 +57,7 @@ GROUPS: list[tuple[str, list[Experiment], float]] = [
 
 
 def train(experiments: Sequence[Experiment], options: Options, data: DataSet) -> float:
-    """Returns the seconds of a sweep, whose results are thrown away."""
+    """Runs a sweep in a temporary folder; returns its seconds."""
     with tempfile.TemporaryDirectory() as folder:
         run = partial(run_sweep, Path(folder), experiments, options, data)
         return seconds(run, torch.device(options.device))
@@ -64,7 +66,7 @@ def train(experiments: Sequence[Experiment], options: Options, data: DataSet) ->
 def measure(
     experiments: Sequence[Experiment], options: Options, epochs: int, data: DataSet
 ) -> tuple[float, float, int]:
-    """Returns the seconds of setting up and of an epoch, of all runs together, and their number."""
+    """Returns the seconds of set-up and of an epoch, for all runs together; and their number."""
     at_once = options.at_once()
     seeds = range(-(-2 * at_once // len(experiments)) if at_once > 1 else 1)
     options = replace(options, seeds=seeds)
@@ -76,7 +78,7 @@ def measure(
 
 
 def multiply_adds(experiment: Experiment, data: DataSet, device: torch.device) -> int:
-    """Returns the multiply-adds of an epoch of training."""
+    """Counts the multiply-adds of the products and convolutions in one epoch of training."""
     shape, method = data.input_shape, experiment.training_method
     model = experiment.network.build(shape, data.classes, "release", training_method=method)
     images = torch.randn(BATCH, *shape, device=device)
@@ -89,9 +91,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--epochs", type=int, default=1, help="beside the first (default: 1)")
+    parser.add_argument("--epochs", type=int, default=1, help="epochs after the first (default: 1)")
     parser.add_argument("--precision", choices=PRECISIONS, default="float32")
-    parser.add_argument("--parallel-runs", type=int, help="default: as the scripts choose")
+    parser.add_argument("--parallel-runs", type=int, help="default: the scripts' choice")
     parser.add_argument(
         "--experiments", nargs="+", choices=names, default=names, metavar="NAME",
         help="default: all",
@@ -132,7 +134,7 @@ def main() -> None:
             flush=True,
         )
     whole = "the whole paper" if args.experiments == names else "these experiments"
-    print(f"extrapolated to {EPOCHS} epochs: {paper / 60:.1f} minutes for {whole}, BP aside")
+    print(f"extrapolated to {EPOCHS} epochs: {paper / 60:.1f} minutes for {whole}, without BP")
 
 
 if __name__ == "__main__":

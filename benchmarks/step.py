@@ -1,21 +1,21 @@
 """Times one training step of Direct Feedback Alignment against backpropagation.
 
-    python benchmarks/step.py                              the ten networks of networks.py
+    python benchmarks/step.py                              all ten networks of networks.py
     python benchmarks/step.py --networks fc gcn --steps 500 --threads 1
     python benchmarks/step.py --device cuda
 
-A step is zero_grad, forward pass, loss, backward pass, SGD update, on one random batch; on CUDA, it
-is one graph. The two methods take turns, step by step, so that whatever else the machine does slows
-both. The columns:
+A step consists of zero_grad, forward pass, loss, backward pass and SGD update, on one random batch.
+On CUDA, a step is one CUDA graph. The steps of the two methods alternate, so that other load on the
+machine slows both alike. The columns:
 
-    BP ms, DFA ms  the median of each method's steps
-    DFA / BP       the median of the ratio over pairs of neighbouring steps
-    quartiles      of that ratio
+    BP ms, DFA ms  the median time of a step
+    DFA / BP       the median ratio, over pairs of neighbouring steps
+    quartiles      the first and third quartile of this ratio
     allowed        the ratio of operations in matrix products, convolutions and attention, counted
-                   by PyTorch's FlopCounterMode over one step of each
+                   by PyTorch's FlopCounterMode over one step of each method
 
-`allowed` leaves out all that moves or combines memory without a product: activations, norms,
-pooling, embeddings, sums over a graph's edges, the update. It takes causal attention as full.
+`allowed` excludes operations without a product: activations, norms, pooling, embeddings, sums over
+a graph's edges, the update. It counts causal attention as full attention.
 
 docs/performance.md has measured numbers.
 """
@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-ATTENTION_ON_CPU = {  # FlopCounterMode knows those of CUDA alone
+ATTENTION_ON_CPU = {  # FlopCounterMode knows the CUDA kernels only
     attention: lambda *shapes, **others: sdpa_flop_count(*shapes[:3]),
     attention_backward: lambda *shapes, **others: sdpa_backward_flop_count(*shapes[:4]),
 }
@@ -58,7 +58,7 @@ def count_flops(step: Callable[[], None]) -> int:
 
 
 def compare(name: str, device: torch.device, repeats: int) -> float:
-    """Prints the line of a network; returns DFA / BP."""
+    """Times a network, prints its table row, and returns its median ratio DFA / BP."""
     network = NETWORKS[name]
     torch.manual_seed(0)
     bp = network.build().to(device)
@@ -83,12 +83,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--threads", type=int, help="of the CPU; default: PyTorch's choice")
-    parser.add_argument("--steps", type=int, default=40, help="of each method on each network")
+    parser.add_argument("--threads", type=int, help="threads of the CPU; default: PyTorch's choice")
+    parser.add_argument("--steps", type=int, default=40, help="timed steps of each method")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     args = parser.parse_args()
     if args.steps < 2:
-        parser.error("--steps: at least 2")
+        parser.error("--steps must be at least 2")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     print(machine(args.device))
