@@ -206,7 +206,7 @@ def main() -> None:
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--threads", type=int, help="threads of the CPU; default: PyTorch's choice")
     parser.add_argument("--epochs", type=int, default=3, help="timed epochs of each loop")
-    parser.add_argument("--workers", type=int, default=0, help="of the plain loop's DataLoader")
+    parser.add_argument("--workers", type=int, default=0, help="workers of the plain DataLoader")
     parser.add_argument("--networks", nargs="+", choices=("fc", "cnn"), default=("fc", "cnn"))
     args = parser.parse_args()
     if args.threads is not None:

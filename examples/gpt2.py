@@ -11,8 +11,8 @@ Results after 300 steps, seed 0, one run each, a minute on 2 CPU cores with PyTo
     mean cosine      embeddings 0.00, blocks 0.22, 0.19 and 0.20
 
 The cross-entropy is the mean training loss of the last 50 steps. One line converts GPT-2 to a DFA
-network, but DFA does not beat training the output layer alone. Like the pre-activation ResNet that
-performs badly in docs/own-network.md, GPT-2 has a norm right behind each feedback point.
+network, but DFA does not beat training the output layer alone. As in the pre-activation ResNet that
+performs badly in docs/own-network.md, each block has a norm right behind the feedback point.
 
 Feedback points are behind the embeddings, the first two blocks, and the last norm. Each token has
 its own error, so there are two batch dimensions, (batch, token).

@@ -91,7 +91,7 @@ def distribute(model: Network, engine: str, bf16: bool, device: torch.device) ->
 
 
 def accumulating(model: nn.Module, last: bool) -> AbstractContextManager:
-    """Returns the context of a micro-batch: only the last one synchronises the gradients."""
+    """Returns the context of a micro-batch; the last micro-batch alone synchronises gradients."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
     if isinstance(model, DistributedDataParallel) and not last:
@@ -175,7 +175,7 @@ def main() -> None:
     args = parser.parse_args()
 
     if args.batch_size % (args.accumulation * int(os.environ.get("WORLD_SIZE", 1))):
-        parser.error("--batch-size must be a multiple of --accumulation times the processes")
+        parser.error("--batch-size must be a multiple of --accumulation times the process count")
 
     device = torch.device("cpu")
     torch.set_num_threads(1)  # as under torchrun; in a small network, more threads mostly wait
