@@ -101,12 +101,16 @@ def mutants(kind, data, other):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Trains two runs to their end, and keeps the checkpoint of their last epoch."""
+    """Trains two runs to their end, and keeps the checkpoints of their second epoch."""
     results = tmp_path_factory.mktemp("results")
     for seed in (0, 1):
-        path = results / "best_practices" / NAME / f"seed-{seed}"
-        keep = partial(shutil.copy, path / "checkpoint.pt", results / f"checkpoint-{seed}.pt")
-        tiny.train(path, EXPERIMENT, epoch_ended=lambda _, keep=keep: keep(), seed=seed)
+        path, copy = results / "best_practices" / NAME / f"seed-{seed}", f"checkpoint-{seed}.pt"
+
+        def keep(metrics, path=path, copy=copy):
+            if metrics["epoch"] == 2:
+                shutil.copy(path / "checkpoint.pt", results / copy)
+
+        tiny.train(path, EXPERIMENT, epoch_ended=keep, seed=seed)
     return results
 
 
