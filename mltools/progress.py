@@ -1,4 +1,4 @@
-"""The progress of a sweep: a bar on a terminal, plain lines elsewhere, and TensorBoard files."""
+"""The progress of a sweep: a bar in a terminal or a notebook, else lines, and TensorBoard files."""
 
 import sys
 import threading
@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from tqdm import tqdm
+from tqdm.auto import tqdm  # a widget in a notebook
 
 from mltools.errors import UserError, show
 from mltools.logs import epoch_lines, number_text
@@ -20,8 +20,8 @@ BAR = "|{bar:10}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {desc}{postfix}"
 class Progress:
     """Shows the progress of a whole sweep from its folders, including runs of other processes.
 
-    On a terminal, a bar counts runs and epochs, and shows the remaining time and the metrics of the
-    latest epoch. Elsewhere, each epoch is a line. Threads may share an instance.
+    In a terminal or a notebook, a bar counts runs and epochs, and shows the remaining time and the
+    metrics of the latest epoch. Elsewhere, each epoch is a line. Threads may share an instance.
 
     Args:
         runs: the unfinished runs and their folders.
@@ -35,9 +35,13 @@ class Progress:
         self._left = {} if quiet else dict(runs)
         self._seen = dict.fromkeys(self._left, 0)
         epochs = sum(run.epochs - len(self._new_epochs(run)) for run in [*self._left])
-        plain = quiet or sys.stderr is None or not sys.stderr.isatty()
+        terminal = sys.stderr is not None and sys.stderr.isatty()
         self._bar = tqdm(
-            total=epochs, bar_format=BAR, disable=plain, dynamic_ncols=True, leave=False
+            total=epochs,
+            bar_format=BAR if terminal else BAR.replace("{bar:10}", "{bar}"),  # else two bars
+            disable=quiet or not (terminal or "ipykernel" in sys.modules),
+            dynamic_ncols=True,
+            leave=False,
         )
 
     def close(self) -> None:
