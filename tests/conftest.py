@@ -1,4 +1,4 @@
-"""What the tests of the scripts share."""
+"""Fixtures that several test files share."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="session", autouse=True)
 def inductor_cache(tmp_path_factory):
-    """Gives torch.compile a new cache: code from another ATEN_CPU_CAPABILITY does not compile."""
+    """Gives torch.compile a new cache: cached code for another ATEN_CPU_CAPABILITY would fail."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
         yield
@@ -26,7 +26,7 @@ def inductor_cache(tmp_path_factory):
 
 @pytest.fixture
 def one_thread():
-    """On a busy machine, small networks only wait for the other threads."""
+    """Sets one thread: on a busy machine, small networks would only wait for the other threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -35,13 +35,13 @@ def one_thread():
 
 @pytest.fixture
 def quick_figures(monkeypatch):
-    """Writes figures without drawing them, which takes half a second each."""
+    """Saves a placeholder for each figure, since drawing one takes half a second."""
     monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: file.write(b"drawn"))
 
 
 @pytest.fixture
 def start(monkeypatch, capsys):
-    """Starts a script's main with a command line: exit code, stdout and stderr come back."""
+    """Returns a function that runs a script's main and returns its exit code, stdout and stderr."""
 
     def start(main, *arguments):
         monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
@@ -58,7 +58,7 @@ def start(monkeypatch, capsys):
 
 @pytest.fixture(scope="session")
 def six_runs(tmp_path_factory):
-    """The outcome of SIX_RUNS, one after another and never disturbed, and the seconds they took."""
+    """Runs SIX_RUNS one after another, undisturbed; returns their outcome and the seconds taken."""
     results = tmp_path_factory.mktemp("six-runs")
     command = [sys.executable, "best_practices.py", *SIX_RUNS, "--quiet", "--results-dir", results]
     start = time.monotonic()

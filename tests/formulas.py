@@ -1,4 +1,4 @@
-"""Small DFA networks, and DFA by its definition: plain autograd, without DFA's own code."""
+"""Small DFA networks, and DFA by its definition: plain autograd, without the code of dfatools."""
 
 import copy
 import math
@@ -23,35 +23,35 @@ def fc(widths=(7, 6, 9, 4), dtype=torch.float64, seed=0, **options):
 
 
 def with_dfa(*modules, **options):
-    """Puts a `DFA`, called `dfa`, behind modules that hold their feedback points, in float64."""
+    """Builds a float64 Sequential of modules with feedback points, and a DFA named `dfa`."""
     model = nn.Sequential(*modules)
     model.add_module("dfa", DFA(model, **options))
     return model.double()
 
 
 def batch(*shape, samples=8, classes=4, dtype=torch.float64, seed=1):
-    """Draws inputs (samples, *shape), 7 features by default, and their classes."""
+    """Draws inputs, (samples, *shape) or by default (samples, 7), and class labels, (samples,)."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(samples, *(shape or (7,)), generator=generator, dtype=dtype)
     return x, torch.randint(classes, (samples,), generator=generator)
 
 
 class Residual(nn.Sequential):
-    """A Sequential by type only: its forward adds the input."""
+    """A Sequential by type only: its forward pass adds the input to the output."""
 
     def forward(self, x):
         return x + super().forward(x)
 
 
 class ResidualInPlace(nn.Sequential):
-    """The same in value: adds to its input in place, behind that input's feedback point."""
+    """Computes the values of `Residual`, but writes them over its input."""
 
     def forward(self, x):
         return x.add_(super().forward(x))
 
 
 class Recurrent(nn.Module):
-    """A cell called in each of three steps, with a feedback point and a skip connection."""
+    """Recurrent network: three calls of a cell with a feedback point and a skip connection."""
 
     def __init__(self, **options):
         super().__init__()
@@ -79,7 +79,7 @@ def mean_loss(output, y):
 
 
 def copy_gradients(model):
-    """Returns a copy of each parameter's gradient, or None."""
+    """Returns a copy of each parameter's gradient; None for a parameter without gradient."""
     return [None if p.grad is None else p.grad.clone() for p in model.parameters()]
 
 
@@ -87,7 +87,7 @@ def gradients(model, *batches, run=None, loss=mean_loss):
     """Accumulates gradients over batches: one forward and one backward pass for each.
 
     Args:
-        run: calls the model, as its compiled version does; the model itself if None.
+        run: called in place of the model, such as its compiled version.
 
     Returns: the gradient of the mean loss with respect to each parameter.
     """
@@ -102,14 +102,14 @@ def gradients(model, *batches, run=None, loss=mean_loss):
 
 
 class Definition:
-    """One pass of a copy of a DFA network, with hooks in the place of `dfatools`.
+    """One forward pass of a copy of a DFA network, with plain hooks instead of `dfatools`.
 
     Args:
-        detach: end the graph behind each feedback point, as DFA does; if False, the graph is BP's.
-        names: the modules whose inputs and outputs are recorded, in `calls`.
-        matrix: the feedback matrix, if not the model's own.
+        detach: whether the graph is detached at each feedback point, as in DFA, or not, as in BP.
+        names: names of the modules whose inputs and outputs `calls` records.
+        matrix: the feedback matrix; the model's own by default.
         forward: `forward(model, x)` computes the output; a call of the model by default.
-        rule: `rule(error, point, size)` computes a signal, (rows, size), if it is not e B_i.
+        rule: `rule(error, point, size)` computes a signal, (rows, size); e B_i by default.
     """
 
     def __init__(
@@ -117,10 +117,10 @@ class Definition:
     ):
         self.model = copy.deepcopy(model)
         (self.dfa,) = (module for module in self.model.modules() if isinstance(module, DFA))
-        self.dfa.training_method = "bp"  # all of dfatools is the identity
+        self.dfa.training_method = "bp"  # makes the DFA and its points the identity
         self.matrix = self.dfa.feedback_matrix if matrix is None else matrix
         self.rule = rule or self.random_projection
-        self.points, self.activations, self.detached = [], [], []  # at each call of a point
+        self.points, self.activations, self.detached = [], [], []  # for each call of a point
         self.calls = {name: [] for name in names}
         for name in names:
             module = self.model.get_submodule(name)
@@ -148,10 +148,10 @@ class Definition:
         return scale * rows @ self.matrix[:, :size]
 
     def feedback(self, error):
-        """Computes the signal of each activation at a feedback point, e B_i unless by `rule`.
+        """Computes the signal of each activation at a feedback point.
 
-        Positions of shared dimensions, R in number, are moved behind all features; each gets the
-        same over sqrt(R).
+        The R positions of shared dimensions are moved behind all features. Each position gets the
+        same signal, divided by sqrt(R).
         """
         signals = []
         for point, hidden in zip(self.points, self.activations):
@@ -171,7 +171,7 @@ class Definition:
         return signals
 
     def propagate(self, error, to):
-        """Sends e, and e B_i where the graph is detached, back to the given tensors."""
+        """Returns the gradients at tensors `to`, from e at the output and the signals at the points."""
         pairs = zip(self.activations, self.feedback(error))
         ends, signals = zip(
             (self.output, error), *(pair for pair in pairs if pair[0].requires_grad)
@@ -180,7 +180,7 @@ class Definition:
 
 
 def expected_gradients(model, *batches, loss=mean_loss, **options):
-    """Computes the result of `gradients`; `options` are those of `Definition`."""
+    """Computes the result that `gradients` should have; `options` are passed to `Definition`."""
     total = [torch.zeros_like(parameter) for parameter in model.parameters()]
     for x, y in batches:
         run = Definition(model, x, **options)
@@ -193,7 +193,7 @@ def expected_gradients(model, *batches, loss=mean_loss, **options):
 def expected_signals(model, x, y, names, loss=F.cross_entropy):
     """Computes {module name: [(BP gradient, DFA signal, DFA signal at the input) of each call]}.
 
-    The network is in eval mode, as `measure_alignment` and `prealign` run it.
+    The BP gradient and first DFA signal are at the module's output. The network is in eval mode.
     """
     options = {"names": names, "forward": lambda model, x: model.eval()(x)}
     bp, dfa = (Definition(model, x, detach, **options) for detach in (False, True))
@@ -214,13 +214,13 @@ def expected_signals(model, x, y, names, loss=F.cross_entropy):
 
 
 def assert_close(got, expected, tolerance=1e-12):
-    """Asserts that tensors are the same up to rounding, and not zero throughout."""
+    """Asserts that tensors agree up to `tolerance`, and that no expected tensor is zero."""
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
         assert b.abs().max() > 1e-4
 
 
 def assert_same(got, expected):
-    """Asserts that tensors are the same bit for bit, or both None."""
+    """Asserts that each pair of tensors is bitwise equal, or None on both sides."""
     for a, b in zip(got, expected, strict=True):
         assert (a is None and b is None) or torch.equal(a, b)

@@ -1,4 +1,4 @@
-"""Tiny data sets and runs, and the files of a run in a form that can be compared."""
+"""Tiny data sets and runs for tests, and the files of a run as Python objects to compare."""
 
 import json
 
@@ -16,7 +16,7 @@ EPOCHS, BATCH, SEED = 3, 8, 4
 
 
 def split(count, shape, seed):
-    """Random images of three classes."""
+    """Draws a split of random images, (count, *shape), in three classes."""
     dice = np.random.default_rng(seed)
     x = torch.from_numpy(dice.integers(0, 256, (count, *shape), dtype=np.uint8))
     y = torch.from_numpy(dice.integers(0, 3, count))
@@ -24,7 +24,7 @@ def split(count, shape, seed):
 
 
 def tiny(shape=(1, 4, 5), train=45, test=150):
-    """45 training images are five batches of 8 and an incomplete one."""
+    """Makes a data set; its 45 training images are five batches of 8 and an incomplete batch."""
     return DataSet("tiny", 3, shape, split(train, shape, 1), split(test, shape, 2))
 
 
@@ -43,7 +43,7 @@ def describe(experiment, **changes):
 def train(
     path, experiment, data=None, epoch_ended=lambda metrics: None, stopped=lambda: False, **changes
 ):
-    """Trains or resumes a run in a folder; returns the lines that were reported."""
+    """Trains or resumes a run in the folder `path`; returns its reported log lines."""
     lines = []
     trainer = Trainer(describe(experiment, **changes), data or tiny(), CPU)
     train_run(trainer, RunFolder(path), lines.append, epoch_ended, stopped)
@@ -68,7 +68,7 @@ def checkpoint_of(path):
 
 
 def outcome(path):
-    """All that a run leaves but times."""
+    """Returns the metrics, cosines, weights and file names of a run, without times."""
     metrics = [{**epoch, "seconds": None} for epoch in metrics_of(path)]
     angles = {layer: cosines.tolist() for layer, cosines in angles_of(path).items()}
     weights = {name: tensor.tolist() for name, tensor in state_of(path).items()}
@@ -76,7 +76,7 @@ def outcome(path):
 
 
 def sweep_outcome(results):
-    """The outcome of each run of best_practices.py, and the table."""
+    """Returns the outcome of each run of best_practices.py, and its table."""
     folder = results / "best_practices"
     runs = {str(path.relative_to(folder)): outcome(path) for path in folder.glob("*/seed-*")}
     return runs, (folder / "table.csv").read_text()
