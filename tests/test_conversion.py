@@ -1,4 +1,4 @@
-"""Where dfa_from_bp places feedback points, and which networks it keeps or refuses."""
+"""dfa_from_bp gives a Sequential a feedback point before each module with weights but the first."""
 
 import copy
 from collections import OrderedDict
@@ -13,7 +13,7 @@ from dfatools import DFALayer, dfa_from_bp
 
 
 class Named(nn.Sequential):
-    """A Sequential with a buffer and a hook of its own."""
+    """Sequential subclass with a buffer and a forward hook."""
 
     def __init__(self, *modules):
         super().__init__(*modules)
@@ -36,7 +36,7 @@ def names(model):
 
 
 def points(model):
-    """Names the feedback points, each right in front of its module and fed by the DFA."""
+    """Asserts that each feedback point is right before its module; returns the points' names."""
     found = {name: m for name, m in model.named_modules() if isinstance(m, DFALayer)}
     assert model[-1].layers == tuple(found.values())
     order = names(model)
@@ -48,7 +48,7 @@ def points(model):
 @pytest.mark.parametrize("bp, expected", [
     (FC, ["feedback_2", "feedback_4"]),
     (nn.Sequential(nn.Flatten(), NESTED, nn.Sequential(LAST)), ["1.feedback_1", "2.feedback_0"]),
-    (nn.Sequential(FIRST, ACT, MIDDLE, ACT, MIDDLE, ACT, LAST),  # called several times
+    (nn.Sequential(FIRST, ACT, MIDDLE, ACT, MIDDLE, ACT, LAST),  # repeated modules
      ["feedback_2", "feedback_4", "feedback_6"]),
     (nn.Sequential(FIRST, Residual(linear(), ACT, linear()), LAST), ["feedback_1", "feedback_2"]),
     (NAMED, ["1.feedback_0", "feedback_2"]),
@@ -69,24 +69,24 @@ def test_the_result_is_the_original_with_points_and_a_dfa(bp, expected):
     # The paper's convolutional network
     ([nn.Conv2d(3, 4, 5), nn.Tanh(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 5), nn.Tanh(), nn.Flatten(),
       nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 2)], [3, 6, 8]),
-    # Every module with parameters has weights,
+    # Parameters of any module count as weights.
     ([nn.Conv1d(2, 2, 3), nn.Conv3d(2, 2, 3), nn.ConvTranspose1d(2, 2, 3),
       nn.ConvTranspose2d(2, 2, 3), nn.ConvTranspose3d(2, 2, 3)], [1, 2, 3, 4]),
     ([nn.LSTM(5, 5), nn.GRU(5, 5), nn.RNN(5, 5), nn.Bilinear(5, 5, 5), nn.Embedding(5, 5),
       nn.MultiheadAttention(5, 1), nn.TransformerEncoderLayer(5, 1)], [*range(1, 7)]),
     ([nn.Sequential(nn.Tanh(), nn.ParameterList([torch.ones(5)])), linear()], [1]),
     ([nn.Identity(), Residual(linear(), nn.Tanh(), linear()), linear()], [2]),
-    # but normalisation belongs to the weights in front of it, and probabilities within have none.
+    # Parameters of normalisation and PReLU do not count; softmax and sigmoid have no parameters.
     ([linear(), nn.BatchNorm1d(5), nn.LayerNorm(5), nn.GroupNorm(1, 5), nn.RMSNorm(5), nn.PReLU(),
       nn.InstanceNorm1d(5, affine=True), linear()], [7]),
     ([linear(), nn.LogSoftmax(1), nn.Softmax(1), nn.Sigmoid(), linear()], [4]),
 ])  # fmt: skip
-def test_points_stand_in_front_of_modules_with_weights(layers, expected):
+def test_points_precede_modules_with_weights(layers, expected):
     model = dfa_from_bp(nn.Sequential(*layers))
     assert points(model) == [f"feedback_{i}" for i in expected]
 
 
-def test_the_original_is_left_as_it_was():
+def test_the_original_is_unchanged():
     bp = copy.deepcopy(NAMED)
     bp[0].weight.requires_grad_(False)
     before, modules = copy.deepcopy(bp.state_dict()), names(bp)

@@ -1,4 +1,4 @@
-"""DFA on two processes, by DistributedDataParallel and FSDP2, against plain autograd in one."""
+"""DistributedDataParallel and FSDP2 on two processes compute the DFA gradients of one process."""
 
 import gc
 import itertools
@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-# DistributedDataParallel imports this too, but later: its default arguments would take hold of the
-# process group. Its threads would outlive its destruction and can abort the interpreter at its end.
+# DistributedDataParallel would import this module after the process group exists. Its default
+# arguments would keep the group, whose threads could then abort the interpreter at exit.
 import torch.distributed.nn.functional
 from formulas import (
     Definition,
@@ -49,14 +49,14 @@ FP32, BF16 = torch.float32, torch.bfloat16
 
 
 class Recomputed(nn.Sequential):
-    """Computes its activations again in the backward pass."""
+    """Sequential whose activations are recomputed in the backward pass."""
 
     def forward(self, x):
         return checkpoint(super().forward, x, use_reentrant=False)
 
 
 def net(recompute=None, seed=0, **options):
-    """Makes residual blocks, each with two points, checkpointed "inside" or "outside" of FSDP."""
+    """Builds residual blocks; `recompute` checkpoints them "inside" or "outside" of FSDP."""
     torch.manual_seed(seed)
     layers = [nn.Linear(WIDTH, WIDTH)]
     for _ in range(4):
@@ -72,7 +72,7 @@ def sequential():
 
 
 class Tower(nn.Module):
-    """Residual blocks, without a thought of DFA."""
+    """BP network of residual blocks."""
 
     def __init__(self):
         super().__init__()
@@ -111,15 +111,15 @@ def data():
 
 
 def share(rank, steps=1):
-    """Splits each micro-batch between the two processes."""
+    """Returns the inputs and targets of one process: half of each micro-batch."""
     return [torch.cat([part.chunk(2)[rank] for part in t.chunk(steps)]) for t in data()]
 
 
-# Each process calls these functions. Most return gradients and the feedback matrix.
+# Both processes call the functions below. Most of them return gradients and the feedback matrix.
 
 
 def gradients(parallel, model, x, y, steps=1):
-    """Accumulates whole gradients of the mean loss over micro-batches; `parallel` wraps `model`."""
+    """Accumulates unsharded gradients over micro-batches; `parallel` is the wrapped `model`."""
     parallel.zero_grad()
     for step, (inputs, targets) in enumerate(zip(x.chunk(steps), y.chunk(steps)), 1):
         last = step == steps
@@ -136,7 +136,7 @@ def gradients(parallel, model, x, y, steps=1):
 def train(rank, engine, reduction, recompute, steps):
     model = net(reduction=reduction, recompute=recompute)
     parallel = ENGINES[engine](model)
-    torch.manual_seed(rank)  # each process would draw another matrix
+    torch.manual_seed(rank)  # without a broadcast, the matrices would differ
     gradients(parallel, model, *share(rank, steps), steps)
     return gradients(parallel, model, *share(rank, steps), steps)
 
@@ -149,7 +149,7 @@ def train_in_bfloat16(rank, feedback_dtype):
 
 
 def train_sequential(rank):
-    """Each shard begins with its feedback point."""
+    """Trains a Sequential in which each FSDP shard begins with its feedback point."""
     model = sequential()
     fully_shard([model.feedback_2, model[3], model[4]])
     fully_shard([model.feedback_4, model[6]])
@@ -157,7 +157,7 @@ def train_sequential(rank):
 
 
 def train_other(rank, engine, build):
-    """Trains a network by hooks, or by a learned rule; of blocks with a point, parts are shards."""
+    """Trains `hooked()` or `learned()`; FSDP2 shards the Linear layers inside hooked blocks."""
     model = build()
     if engine == "fsdp2":
         for block in model.blocks if build is hooked else ():
@@ -197,7 +197,7 @@ def load_full_state(rank, folder, engine, used):
 
 def load_sharded_state(rank, folder):
     model = shard(net(seed=1))
-    model(share(rank)[0])  # draws a matrix: dcp.load fills tensors of the saved size
+    model(share(rank)[0])  # draws a matrix of the saved size, which dcp.load fills in place
     state = get_model_state_dict(model)
     dcp.load(state, checkpoint_id=folder / "sharded")
     set_model_state_dict(model, state)
@@ -210,7 +210,7 @@ def align(rank):
 
 
 def count_whole_blocks(rank):
-    """Counts the gathered blocks each time that the gradient is in the middle of one."""
+    """Counts the blocks with gathered weights, once in the backward pass of each block."""
     model, counts = shard(net()), []
     bodies = [body for _, body in model[1:5]]
 
@@ -248,7 +248,7 @@ def work(rank, folder):
             found |= {load: load_full_state(rank, folder, *load) for load in LOADS}
         gc.collect()
         dist.destroy_process_group()
-        if engine == "ddp":  # FSDP2's caches keep hold of the group
+        if engine == "ddp":  # under FSDP2, caches keep the group
             threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
             assert not any("gloo" in name for name in threads), threads
     torch.save(found, folder / f"{rank}.pt")
@@ -256,21 +256,21 @@ def work(rank, folder):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """Runs both processes, and loads the results of each."""
+    """Runs `work` in two processes, and loads the results of each."""
     folder = tmp_path_factory.mktemp("two")
     torch.multiprocessing.spawn(work, (folder,), nprocs=2)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
 def whole_matrix(found, job):
-    """Returns the feedback matrix that both processes have."""
+    """Returns the feedback matrix of a job, which must be the same in both processes."""
     first, second = (result[job][1] for result in found)
     assert type(first) is torch.Tensor and torch.equal(first, second)
     return first
 
 
 def assert_gradients(found, job, model, steps=1, tolerance=1e-12):
-    """Compares relative to the norm of each gradient."""
+    """Asserts that both processes have the expected gradients, up to `tolerance` of each norm."""
     model.dfa.feedback_matrix = whole_matrix(found, job).double()
     batches = zip(*(tensor.chunk(steps) for tensor in data()))
     expected = expected_gradients(model, *batches)
@@ -286,7 +286,7 @@ def test_training(found, case):
 
 
 @pytest.mark.parametrize("job, build", [("sequential", sequential), ("meta", net)])
-def test_a_converted_sequential_and_a_model_from_the_meta_device(found, job, build):
+def test_training_a_converted_sequential_and_a_model_from_the_meta_device(found, job, build):
     assert_gradients(found, job, build())
 
 
@@ -297,7 +297,7 @@ def test_a_network_with_hooks(found, engine):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_learned_matrices(found, engine):
-    """Both their gradients, e^T h_i, and those of the weights."""
+    """The matrices get the gradients e^T h_i, and the weights get the signals of the matrices."""
     model = learned()
     x, y = data()
     run = Definition(model, x, rule=lambda e, point, size: e @ model.dfa.matrices[point].detach())
@@ -317,7 +317,7 @@ def test_mixed_precision(found, feedback_dtype):
 
 
 @pytest.mark.parametrize("load", ["sharded", *LOADS], ids=str)
-def test_a_state_dict_carries_weights_and_matrix(found, load):
+def test_a_state_dict_restores_weights_and_matrix(found, load):
     assert found[0]["saved"][2] == list(net().state_dict())
     assert torch.equal(whole_matrix(found, load), whole_matrix(found, "saved"))
     assert_gradients(found, load, net())
@@ -331,7 +331,7 @@ def test_alignment(found):
     model = net()
     model[-1].feedback_matrix = whole_matrix(found, "alignment")
     halves = [result["alignment"][0] for result in found]
-    assert len(halves[0]) == 18  # four modules in each block, and two beside them
+    assert len(halves[0]) == 18  # four modules in each of four blocks, and two Linear layers
     for name, ((bp, dfa, _),) in expected_signals(model, *data(), list(halves[0])).items():
         got = torch.cat([half[name] for half in halves])
         torch.testing.assert_close(got, F.cosine_similarity(dfa, bp), rtol=0, atol=1e-12)

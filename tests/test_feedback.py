@@ -1,4 +1,4 @@
-"""DFA and DFALayer as modules: training methods, B_i, signals, copies, and refused arguments."""
+"""DFA and DFALayer as modules: training methods, matrices B_i, signals, refused arguments."""
 
 import copy
 import math
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from dfatools import DFA, DFALayer, dfa_from_bp
 
 
-def test_training_methods_take_turns_on_the_same_weights():
+def test_training_methods_may_alternate_on_the_same_weights():
     model = fc(dtype=torch.float32)
     x, y = batch(dtype=torch.float32)
     modules = [m for m in copy.deepcopy(model) if not isinstance(m, (DFALayer, DFA))]
@@ -29,7 +29,7 @@ def test_training_methods_take_turns_on_the_same_weights():
         assert not output.requires_grad and torch.equal(output, plain(x))
 
 
-def test_feedback_has_the_documented_deviation():
+def test_feedback_has_the_documented_standard_deviation():
     model = fc((3, 800, 300, 50))
     model(torch.randn(2, 3, dtype=torch.float64))
     dfa = model.dfa
@@ -49,7 +49,7 @@ def test_feedback_has_the_documented_deviation():
 def test_the_feedback_is_unknown_before_the_first_pass():
     model, used = fc(), fc()
     used(batch()[0])
-    model.load_state_dict(used.state_dict())  # the matrix is there, the points' sizes are not
+    model.load_state_dict(used.state_dict())  # loads the matrix, but not the sizes of the points
     with pytest.raises(RuntimeError, match="size of feedback point 1 is unknown"):
         model.dfa.feedback(1)
 
@@ -91,7 +91,7 @@ def test_the_output_may_be_changed_in_place():
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("batch_dims, shape", [(1, (12,)), (2, (3, 4))])
 def test_an_output_without_features_is_one_number_per_sample(batch_dims, shape, reduction):
-    """A regression often squeezes its output."""
+    """Regression networks often squeeze their output."""
     torch.manual_seed(0)
     modules = nn.Linear(7, 5), nn.Tanh(), DFALayer(), nn.Linear(5, 1), nn.Flatten(-2)
     model = with_dfa(*modules, batch_dims=batch_dims, reduction=reduction)
@@ -104,7 +104,7 @@ def test_an_output_without_features_is_one_number_per_sample(batch_dims, shape, 
 # Refused arguments
 
 
-def test_bad_networks():
+def test_bad_networks_are_refused():
     with pytest.raises(TypeError, match="takes the network of its DFALayers, not a list"):
         DFA([DFALayer()])
     with pytest.raises(ValueError, match="no DFALayer as a submodule: make the DFA after them"):
@@ -118,7 +118,7 @@ def test_bad_networks():
     ("batch_dims", 1.0),
     ("feedback_dtype", torch.int8),
 ])  # fmt: skip
-def test_bad_options_leave_the_network_as_it_was(option, value):
+def test_bad_options_are_refused_and_leave_the_network_unchanged(option, value):
     model, data = fc(), batch()
     with pytest.raises(ValueError, match=f"{option} must be .*{value!r}"):
         DFA(model, **{option: value})
@@ -127,15 +127,15 @@ def test_bad_options_leave_the_network_as_it_was(option, value):
     assert_close(gradients(model, data), expected_gradients(model, data))
 
 
-def test_a_point_without_a_dfa():
+def test_a_point_without_a_dfa_is_refused():
     model = with_dfa(DFALayer(), nn.Linear(2, 3))
-    model[1] = DFALayer()  # too late
+    model[1] = DFALayer()  # made after the DFA
     with pytest.raises(RuntimeError, match="belongs to no DFA: make DFA.network. after it"):
         model(torch.randn(2, 2))
 
 
 def test_a_replica_is_refused():
-    # nn.DataParallel's own way to make replicas: its public one needs several GPUs.
+    # Calls a private method of nn.DataParallel, since its public functions need several GPUs.
     for model in (fc(), dfa_from_bp(nn.ModuleDict({"a": nn.Tanh()}), ["a"])):
         with pytest.raises(RuntimeError, match="use DistributedDataParallel"):
             model._replicate_for_data_parallel()(torch.randn(8, 7))
@@ -153,8 +153,8 @@ def test_anything_but_a_tensor_is_refused():
     (1, (6, 3), r"\(6, 3\) do not share the first 1 dimension\(s\) with the output, \(18,\)"),
     (2, (2, 3, 4), r"\(2, 3, 4\) do not share the first 2 dimension\(s\) .* \(24,\)"),
 ])  # fmt: skip
-def test_batch_dimensions_that_differ(batch_dims, sizes, message):
+def test_different_batch_dimensions_are_refused(batch_dims, sizes, message):
     model = with_dfa(DFALayer(), nn.Flatten(0), batch_dims=batch_dims)
     with pytest.raises(ValueError, match=message):
         model(torch.randn(sizes))
-    assert model.dfa.feedback_matrix.numel() == 0  # the refused pass has drawn none
+    assert model.dfa.feedback_matrix.numel() == 0  # the refused pass has drawn no matrix

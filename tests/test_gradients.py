@@ -1,4 +1,4 @@
-"""Gradients of several kinds of networks, run by several engines, against explicit formulas."""
+"""DFA computes the gradients of its equations in any network: eager, compiled or checkpointed."""
 
 import copy
 import itertools
@@ -104,8 +104,8 @@ def test_accumulated_gradients(network, reduction):
         assert_close(gradients(model, *batches), expected_gradients(model, *batches))
 
 
-def test_an_activation_that_is_changed_in_place_behind_its_point():
-    """It gets e B_i at its point, and the true gradient through the sum."""
+def test_an_activation_changed_in_place_behind_its_point():
+    """The activation gets e B_i at its point, and the true gradient through the residual sum."""
 
     def build(block):
         inner = block(DFALayer(), nn.Tanh(), nn.Linear(6, 6))
@@ -127,12 +127,12 @@ def compiled_by_inductor(model):
 
 
 def checkpointed(model):
-    """Has something behind the DFA, so that the DFA is computed again too."""
+    """Checkpoints the network and a log-softmax behind it, so that the DFA is recomputed too."""
     return lambda x: checkpoint(lambda x: model(x).log_softmax(-1), x, use_reentrant=False)
 
 
 def assert_gradients(run, model, x=X, y=Y):
-    """Checks two steps."""
+    """Asserts that two passes of `run` have the gradients of the equations."""
     for _ in range(2):
         got = gradients(model, (x, y), run=run)
         assert_close(got, expected_gradients(model, (x, y)))
@@ -142,14 +142,14 @@ def assert_gradients(run, model, x=X, y=Y):
     *[(network, engine) for network in NETWORKS for engine in (compiled, checkpointed)],
     (cnn, compiled_by_inductor),
 ])  # fmt: skip
-def test_engines(network, engine):
+def test_compiled_and_checkpointed_networks(network, engine):
     model, data = make(network, reduction="sum")
     assert_gradients(engine(model), model, *data)
 
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_functional_call_with_another_matrix(network):
-    """Each of two forward passes has its own matrix in its backward pass."""
+    """Each backward pass uses the matrix of its own forward pass."""
     model, (x, y) = make(network)
     model(x)
     buffers = {key: tensor.clone() for key, tensor in model.named_buffers()}
@@ -167,11 +167,11 @@ def test_functional_call_with_another_matrix(network):
 
 
 def fc_with_matrix():
-    """Builds an `fc` network that has its feedback matrix."""
+    """Builds an `fc` network whose feedback matrix is drawn."""
     return fc(example=X.float())
 
 
-def test_a_compiled_model_takes_images_of_several_sizes():
+def test_a_compiled_model_accepts_inputs_of_several_lengths():
     layers = nn.Conv1d(2, 3, 3), nn.Tanh(), nn.Conv1d(3, 4, 3), nn.AdaptiveAvgPool1d(1)
     model = dfa_from_bp(nn.Sequential(*layers, nn.Flatten())).double()
     run = compiled(model)
@@ -200,7 +200,7 @@ def test_a_recurrence_whose_first_calls_are_compiled(number):
         assert_close(gradients(model, (X, Y)), expected)
 
 
-def test_activations_of_a_compiled_part_are_not_mixed_with_those_of_another_call():
+def test_a_compiled_part_does_not_mix_the_activations_of_two_calls():
     model = fc_with_matrix()
     expected = expected_gradients(model, (X, Y))
     first = compiled(model[:3])
@@ -247,7 +247,7 @@ def test_activation_checkpointing_in_a_compiled_function():
 @pytest.mark.parametrize("asking", [False, True])
 @pytest.mark.parametrize("first, last", [(0, 3), (0, 2), (2, 5), (3, 5), (3, 7), (6, 7)])
 def test_reentrant_checkpointing_of_a_part_is_right_or_refused(first, last, asking):
-    """Parts that hold feedback points or follow one would leave parameters untrained."""
+    """Parts that contain feedback points or follow a point would leave parameters untrained."""
     model = fc()
     x = X.clone().requires_grad_(asking)
 
@@ -266,7 +266,7 @@ def test_reentrant_checkpointing_of_a_part_is_right_or_refused(first, last, aski
 def test_activation_checkpointing_keeps_no_activation():
     model, seen = fc(), []
     model[1].register_forward_hook(lambda _, __, hidden: seen.append(weakref.ref(hidden)))
-    with set_checkpoint_early_stop(False):  # early stopping ends each second pass before the hook
+    with set_checkpoint_early_stop(False):  # early stopping ends a recomputation before the hook
         F.cross_entropy(blocks_and_points(model, X), Y).backward()
     assert len(seen) == 2 and not any(hidden() is not None for hidden in seen)
 

@@ -1,4 +1,4 @@
-"""dfa_from_bp with points: any network, its feedback points placed by forward hooks."""
+"""dfa_from_bp(model, points) makes any module a DFA network, by forward hooks on its submodules."""
 
 import copy
 import io
@@ -31,7 +31,7 @@ POINTS = ["first", "body.second"]
 
 @dataclass
 class Outputs:
-    """As the networks of transformers return them."""
+    """Output of a network, a dataclass as in `transformers`."""
 
     loss: torch.Tensor | None
     logits: torch.Tensor | None
@@ -39,7 +39,7 @@ class Outputs:
 
 @dataclass
 class Computed:
-    """Has a field that is not given."""
+    """Dataclass with a field that `__init__` does not accept."""
 
     hidden: torch.Tensor
     samples: int = field(init=False)
@@ -49,7 +49,7 @@ class Computed:
 
 
 class Second(nn.Linear):
-    """A block whose output is not a tensor alone."""
+    """Block that returns its activation inside another object, made by `wrap`."""
 
     def __init__(self, wrap):
         super().__init__(6, 9)
@@ -60,11 +60,11 @@ class Second(nn.Linear):
 
 
 class Net(nn.Module):
-    """Three layers; a loss behind them if there are targets.
+    """Network of three layers, which computes a loss if it gets targets.
 
     Args:
-        wrap, unwrap: from the second block's activation to its output, and back.
-        respond: from the loss and the logits to the network's output.
+        wrap, unwrap: turn the second block's activation into its output, and back.
+        respond: turns the loss (None without targets) and the logits into the network's output.
     """
 
     def __init__(self, wrap=lambda h: h, unwrap=lambda output: output, respond=lambda loss, z: z):
@@ -81,14 +81,14 @@ class Net(nn.Module):
 
 
 def net(*args, points=POINTS, output=None, **options):
-    """Returns a DFA network that has its matrix, and its original, in float64."""
+    """Builds a float64 DFA network with a feedback matrix; returns it and its BP original."""
     torch.manual_seed(0)
     bp = Net(*args).double()
     return dfa_from_bp(bp, points, X, output, **options), bp
 
 
 def wanted(model):
-    """Computes the gradients in NumPy: the hidden layers get e B_i."""
+    """Computes the gradients of a `Net` in NumPy, with e B_i at the hidden activations."""
     w1, b1, w2, b2, w3, b3 = (p.detach().numpy() for p in model.parameters())
     h1 = np.tanh(X.numpy() @ w1.T + b1)
     h2 = np.tanh(h1 @ w2.T + b2)
@@ -131,7 +131,7 @@ WRAPPED = {
 
 
 @pytest.mark.parametrize("wrap, unwrap", WRAPPED.values(), ids=WRAPPED)
-def test_a_point_takes_the_first_tensor_of_an_output(wrap, unwrap):
+def test_a_point_detaches_the_first_tensor_of_an_output(wrap, unwrap):
     model, _ = net(wrap, unwrap)
     assert_trained(model)
     output = model.body["second"](torch.zeros(2, 6).double())
@@ -139,14 +139,14 @@ def test_a_point_takes_the_first_tensor_of_an_output(wrap, unwrap):
 
 
 @pytest.mark.parametrize("wrap, unwrap", WRAPPED.values(), ids=WRAPPED)
-def test_the_dfa_takes_the_first_tensor_of_the_output(wrap, unwrap):
+def test_the_dfa_joins_the_first_tensor_of_the_output(wrap, unwrap):
     def respond(loss, logits):
         return wrap(logits)
 
     assert_trained(net(lambda h: h, lambda h: h, respond)[0], unwrap)
 
 
-def test_the_dfa_stands_at_a_named_output():
+def test_the_dfa_follows_the_submodule_named_by_output():
     model, _ = net(lambda h: h, lambda h: h, Outputs, output="head")
     assert_trained(model, lambda output: output.logits)
     model.zero_grad()
@@ -154,14 +154,14 @@ def test_the_dfa_stands_at_a_named_output():
     assert_close(copy_gradients(model), wanted(model))
 
 
-def test_the_output_without_a_name_is_the_first_tensor():
-    """It is the loss here, which has no samples: refused."""
+def test_without_a_named_output_the_dfa_joins_the_first_tensor():
+    """The first tensor is the loss here. It has no batch dimension, so the DFA refuses it."""
     model, _ = net(lambda h: h, lambda h: h, Outputs)
     with pytest.raises(ValueError, match=r"do not share the first 1 .* with the output, \(\)"):
         model(X, Y)
 
 
-def test_names_and_values_stay_and_the_original_is_left_as_it_was():
+def test_the_result_keeps_names_and_values_and_the_original_is_unchanged():
     bp = Net().double()
     hooks, before = [len(m._forward_hooks) for m in bp.modules()], copy.deepcopy(bp.state_dict())
     model = dfa_from_bp(bp, POINTS, example=X)
@@ -195,7 +195,7 @@ def saved_whole(model):
 
 
 class Plain(nn.Module):
-    """A network that can be pickled."""
+    """Network without lambdas, so that pickle accepts it."""
 
     def __init__(self):
         super().__init__()
@@ -225,7 +225,7 @@ def test_a_moving_average():
     assert_trained(average.module)
 
 
-def test_another_dfa_takes_the_points_over():
+def test_a_second_dfa_takes_over_the_points():
     model, _ = net()
     for seed in range(2):
         generator = torch.Generator().manual_seed(seed)
@@ -249,7 +249,7 @@ def test_a_compiled_network(output, wrap, unwrap):
 
 
 def test_options():
-    """Of the points, whose DFALayers may be given again, and of the DFA."""
+    """Options reach the points and the DFA, and the same `points` serve for a second network."""
     points = {"0": DFALayer(shared_dims=(1,)), "2": DFALayer(recurrent=True)}
     bp = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 6), nn.Linear(6, 4)).double()
     for _ in range(2):
@@ -263,7 +263,7 @@ def test_options():
     model(x)
 
 
-def test_a_sequential_takes_points_by_name_too():
+def test_a_sequential_accepts_points_by_name():
     model = fc(example=X.float())
     plain = nn.Sequential(*(module for name, module in model.named_children() if name.isdigit()))
     hooked = dfa_from_bp(plain, ["1", "3"], example=X)
@@ -273,7 +273,7 @@ def test_a_sequential_takes_points_by_name_too():
 
 
 def test_alignment_and_prealignment():
-    """A module with a point behind it has the cosine of e B_i, as with the point as a module."""
+    """Points in hooks give the same cosines and weights as points in the Sequential."""
     model = fc(example=X.float())
     plain = nn.Sequential(*(module for name, module in model.named_children() if name.isdigit()))
     hooked = dfa_from_bp(plain, ["1", "3"], example=X)
@@ -294,7 +294,7 @@ def test_alignment_and_prealignment():
     ("", "'': in the model there are first"),
 ])  # fmt: skip
 @pytest.mark.parametrize("place", ["points", "output"])
-def test_a_wrong_name_lists_those_that_are_there(name, message, place):
+def test_a_wrong_name_is_refused_with_a_list_of_valid_names(name, message, place):
     names = {"points": POINTS, "output": "head"}
     names[place] = ["first", name] if place == "points" else name
     with pytest.raises(ValueError, match=f"no submodule {message}"):
@@ -341,14 +341,14 @@ def test_refusals(model, arguments, error, message):
 
 @pytest.mark.parametrize("points, kind", [(POINTS, "Second"), (["first"], "Net")])
 @pytest.mark.filterwarnings("ignore:module forward hook with ``always_call=True`` raised")
-def test_an_output_without_a_tensor(points, kind):
+def test_an_output_without_a_tensor_is_refused(points, kind):
     model = dfa_from_bp(Net(lambda h: 3, lambda h: torch.ones(8, 9), lambda _, z: "text"), points)
     with pytest.raises(TypeError, match=f"a {kind} returns a (int|str) without a tensor"):
         model(X.float())
 
 
 class Reading(Plain):
-    """Reads the weights of a submodule, which is not called, unless told to skip it."""
+    """Calls `read` if `skips` is None, uses only its weight if False, and skips it if True."""
 
     def __init__(self):
         super().__init__()
@@ -363,15 +363,15 @@ class Reading(Plain):
         return self.head(self.body["second"](h))
 
 
-def test_a_point_that_the_first_pass_does_not_come_by_is_refused():
+def test_a_named_submodule_without_a_call_in_the_first_pass_is_refused():
     model = dfa_from_bp(Reading().double(), [*POINTS, "read"])
     with pytest.raises(RuntimeError, match="read has a feedback point, but was not called"):
         model(X)
     assert model.dfa.feedback_matrix.numel() == 0
 
 
-def test_a_point_may_be_passed_over_after_an_example():
-    """As where blocks are dropped at random."""
+def test_later_passes_may_skip_a_point_that_the_example_called():
+    """Stochastic depth, for example, skips blocks at random."""
     bp = Reading().double()
     bp.skips = None
     model = dfa_from_bp(bp, [*POINTS, "read"], X)
@@ -381,13 +381,13 @@ def test_a_point_may_be_passed_over_after_an_example():
     assert_close(got[:6], expected_gradients(model, (X, Y))[:6])
 
 
-def test_a_point_that_is_called_behind_the_output_only_is_refused():
+def test_a_point_called_only_after_the_output_layer_is_refused():
     class Auxiliary(Plain):
         def forward(self, x):
             return super().forward(x), self.body["second"](x[:, :6])
 
     model = dfa_from_bp(Auxiliary().double(), ["first", "body.second"], output="head")
-    model(X)  # called before and behind: fed before
+    model(X)  # calls `second` both before and after the DFA
 
     class Behind(Auxiliary):
         def forward(self, x):
@@ -406,7 +406,7 @@ def test_a_point_behind_the_output_layer_is_refused(output):
 
 
 class Finished(Plain):
-    """Calls another head behind the first, and may compute log-probabilities."""
+    """Network with two heads; `finish` computes the first output from the scores of `head`."""
 
     def __init__(self, finish):
         super().__init__()
@@ -420,12 +420,12 @@ class Finished(Plain):
 
 @pytest.mark.parametrize("points", [["first", "head"], ["first", "head", "other"]])
 @pytest.mark.parametrize("finish", [nn.Identity(), nn.LogSoftmax(1)])
-def test_a_point_that_is_not_the_last_or_not_right_behind_is_refused_as_well(points, finish):
+def test_a_point_behind_the_output_layer_is_refused_whatever_follows_it(points, finish):
     with pytest.raises(RuntimeError, match="a feedback point comes after the output layer"):
         dfa_from_bp(Finished(finish).double(), points)(X)
 
 
-def test_a_frozen_output_layer_is_trained_through():
+def test_hidden_layers_learn_before_a_frozen_output_layer():
     model = dfa_from_bp(Plain().double(), POINTS)
     model.head.requires_grad_(False)
     got = gradients(model, (X, Y))
@@ -442,7 +442,7 @@ def test_a_copied_part_of_a_network_is_refused():
     assert_trained(model)
 
 
-def test_several_calls_of_a_submodule_are_refused_unless_said():
+def test_several_calls_of_a_submodule_are_refused_unless_its_point_is_recurrent():
     class Twice(Plain):
         def forward(self, x):
             return super().forward(x) + super().forward(2 * x)

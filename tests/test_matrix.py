@@ -1,4 +1,4 @@
-"""The feedback matrix: when it is drawn, saved, loaded and copied, its type and its device."""
+"""The feedback matrix is drawn in the first pass that needs it, and then saved as a buffer."""
 
 import copy
 import math
@@ -21,13 +21,13 @@ network = partial(fc, dtype=torch.float32)
 
 
 def own_type(dtype, seed=3, **options):
-    """Builds a float32 network whose matrix has a type of its own."""
+    """Builds a float32 network whose matrix has the given type."""
     generator = torch.Generator().manual_seed(seed)
     return network(feedback_dtype=dtype, generator=generator, **options)
 
 
 def run_pass(model, x=X):
-    """Runs a forward and a backward pass; returns the matrix."""
+    """Runs a forward and a backward pass; returns the feedback matrix."""
     gradients(model, (x, Y))
     return model.dfa.feedback_matrix
 
@@ -40,10 +40,10 @@ def is_empty(model):
     return model.dfa.feedback_matrix.numel() == 0
 
 
-# Passes that draw it
+# Passes that draw the matrix
 
 
-def test_it_is_drawn_by_the_default_generator_or_by_a_given_one():
+def test_the_matrix_is_drawn_from_the_default_or_the_given_generator():
     torch.manual_seed(5)
     expected = torch.randn(4, 9)
     for seed, generator in ((5, None), (6, torch.Generator().manual_seed(5))):
@@ -56,7 +56,7 @@ def test_it_is_drawn_by_the_default_generator_or_by_a_given_one():
 
 @pytest.mark.parametrize("method", ["dfa", "bp", "shallow"])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_passes_without_gradients_and_other_methods_draw_none(method, mode):
+def test_passes_without_gradients_and_other_methods_draw_no_matrix(method, mode):
     model = network(training_method=method)
     state = torch.get_rng_state()
     with mode():
@@ -69,7 +69,7 @@ def test_passes_without_gradients_and_other_methods_draw_none(method, mode):
 
 @pytest.mark.parametrize("method", ["dfa", "bp"])
 @pytest.mark.parametrize("training", [True, False])
-def test_an_example_draws_it_at_once_and_changes_nothing_else(training, method):
+def test_an_example_draws_the_matrix_and_changes_nothing_else(training, method):
     bp = nn.Sequential(nn.Linear(7, 9), nn.BatchNorm1d(9), nn.Dropout(), nn.Linear(9, 4))
     bp.train(training)[1].eval()
     with torch.no_grad():
@@ -91,15 +91,15 @@ def export():
         assert type(run_pass(model)) is torch.Tensor and is_drawn(model)
 
 
-def test_an_export_draws_none():
-    # PyTorch does not export with the precision that tests of the scripts leave in this process.
+def test_an_export_draws_no_matrix():
+    # torch.export fails with the fp32_precision that tests of the scripts set in this process.
     process = torch.multiprocessing.get_context("spawn").Process(target=export)
     process.start()
     process.join()
     assert process.exitcode == 0
 
 
-def test_a_pass_of_fake_tensors_draws_none():
+def test_a_pass_of_fake_tensors_draws_no_matrix():
     model = network()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         model(mode.from_tensor(X))
@@ -109,7 +109,7 @@ def test_a_pass_of_fake_tensors_draws_none():
 # Sizes
 
 
-def test_larger_images_are_refused_only_where_they_are_fed_back_to():
+def test_larger_images_are_refused_only_in_passes_with_feedback():
     layers = nn.Conv2d(1, 4, 3, padding=1), DFALayer(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     model, large = with_dfa(*layers, nn.Linear(4, 4)).float(), torch.randn(8, 1, 16, 16)
     run_pass(model, large[:, :, :8, :8])
@@ -118,7 +118,7 @@ def test_larger_images_are_refused_only_where_they_are_fed_back_to():
         model(large)
     with pytest.raises(ValueError, match="has 1024 features, but the .* made for at most 256"):
         model(large)
-    assert torch.equal(model.dfa.feedback(0), feedback)  # the refused pass has left no size behind
+    assert torch.equal(model.dfa.feedback(0), feedback)  # the refused pass has changed no size
     for method in ("bp", "shallow"):
         model.dfa.training_method = method
         run_pass(model, large)
@@ -146,7 +146,7 @@ def test_a_matrix_may_be_set(drawn):
     (None, None), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32),
     (torch.float32, torch.bfloat16),
 ])  # fmt: skip
-def test_a_state_dict_brings_its_matrix(saved, dtype, assign, used):
+def test_loading_a_state_dict_replaces_the_matrix(saved, dtype, assign, used):
     model, source = own_type(dtype), own_type(saved, seed=4)
     source(X)
     if used:
@@ -163,8 +163,8 @@ def test_a_state_dict_brings_its_matrix(saved, dtype, assign, used):
 @pytest.mark.parametrize("used", [False, True], ids=["into-fresh", "into-used"])
 @pytest.mark.parametrize("entry", [None, torch.empty(0, 0), torch.empty(4, 9, device="meta")])
 @pytest.mark.parametrize("assign", [False, True])
-def test_a_state_dict_without_a_matrix_leaves_the_matrix_as_it_is(entry, used, assign):
-    """It comes from a BP network, a DFA network before its first pass, or a meta device."""
+def test_loading_a_state_dict_without_a_matrix_keeps_the_matrix(entry, used, assign):
+    """Such a state_dict is from a BP network, an unused DFA network, or a meta device."""
     model, source = network(), network(seed=1)
     state = source.state_dict()
     del state["dfa.feedback_matrix"]
@@ -186,11 +186,11 @@ def test_a_matrix_of_another_size_is_refused():
         fresh(X)
 
 
-# Other ways to copy it
+# Other ways to copy the matrix
 
 
-def test_a_moving_average_made_before_the_matrix_is_refused():
-    """Other tools that copy buffers in place behave alike."""
+def test_a_moving_average_made_before_the_matrix_is_drawn_is_refused():
+    """Other tools that copy buffers in place fail in the same way."""
     model = network()
     average = AveragedModel(model)
     run_pass(model)
@@ -198,15 +198,15 @@ def test_a_moving_average_made_before_the_matrix_is_refused():
         average.update_parameters(model)
 
 
-def test_shared_memory_before_the_matrix_is_refused():
+def test_share_memory_before_the_matrix_is_drawn_is_refused():
     with pytest.raises(RuntimeError, match="share_memory.. before the feedback matrix is drawn"):
         network().share_memory()
     assert network(example=X).share_memory().dfa.feedback_matrix.is_shared()
 
 
 @pytest.mark.parametrize("clone", [lambda tensor: tensor, torch.clone], ids=["own", "cloned"])
-def test_functional_calls_have_one_matrix(clone):
-    """The buffers may be collected before the first pass."""
+def test_functional_calls_share_one_matrix(clone):
+    """The first call draws it into the given buffers, which were collected before the call."""
     model = network()
     parts = {name: clone(buffer) for name, buffer in model.named_buffers()}
 
@@ -248,7 +248,7 @@ def test_gradients_are_as_exact_as_the_rounded_matrix(dtype):
 @pytest.mark.parametrize("dtype", TYPES[:2])
 @pytest.mark.parametrize("columns", [9, 70])
 def test_signals_are_computed_in_float32(dtype, size, columns, monkeypatch):
-    monkeypatch.setattr("dfatools.feedback.BLOCK", 100)  # 33 columns are widened at a time
+    monkeypatch.setattr("dfatools.feedback.BLOCK", 100)  # widens 33 columns at a time
     dfa = DFA(DFALayer(), feedback_dtype=dtype)
     dfa.feedback_matrix = torch.randn(3, columns).to(dtype)
     for error in (size * torch.randn(5, 3), torch.randn(5, 3).to(dtype)):
@@ -269,13 +269,13 @@ def test_signals_are_the_same_under_autocast():
         assert_same(model.dfa.signals(error, activations, matrix), expected)
 
 
-def test_the_type_is_shown():
+def test_repr_shows_the_type():
     assert "feedback_dtype" not in repr(fc())
     assert "feedback_dtype=torch.bfloat16" in repr(own_type(torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_the_type_is_kept(dtype):
+def test_a_fixed_type_survives_conversions_of_the_model(dtype):
     model = own_type(dtype)
     model(X)
     matrix = model.dfa.feedback_matrix.clone()
@@ -291,7 +291,7 @@ def test_the_type_is_kept(dtype):
 
 
 @pytest.mark.parametrize("feedback_device", [None, "cpu"])
-def test_the_matrix_follows_the_model_but_stays_on_a_device_of_its_own(feedback_device):
+def test_the_matrix_follows_the_model_unless_its_device_is_fixed(feedback_device):
     model = network(feedback_device=feedback_device)
     matrix = run_pass(model).clone()
     model.double()
@@ -302,7 +302,7 @@ def test_the_matrix_follows_the_model_but_stays_on_a_device_of_its_own(feedback_
     assert torch.equal(model.dfa.feedback_matrix, expected)
 
 
-def test_a_matrix_without_values_is_drawn_anew():
+def test_a_matrix_without_values_is_drawn_again():
     with torch.device("meta"):
         model = network()
         model(torch.randn(8, 7))
@@ -316,7 +316,7 @@ def test_a_matrix_without_values_is_drawn_anew():
     assert torch.equal(model.dfa.feedback_matrix, torch.randn(4, 9))
 
 
-def test_signals_go_where_the_activation_is():
+def test_signals_are_moved_to_the_device_of_their_activation():
     point, head = DFALayer(), nn.Linear(7, 4)
     dfa = DFA(point)
     hidden = torch.zeros(8, 5, device="meta", requires_grad=True)

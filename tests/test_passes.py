@@ -1,4 +1,4 @@
-"""One call of a network is one pass: each order of calls is right, or refused in one line."""
+"""One call of a network is one pass. Each order of calls gives right gradients, or is refused."""
 
 import copy
 import math
@@ -23,7 +23,7 @@ def encode_and_classify(model, x):
 
 
 class Net(nn.Module):
-    """An encoder and a head; the function `run` computes the forward pass."""
+    """Network of an encoder and a head; `run(model, ...)` is its forward pass."""
 
     def __init__(self, run=encode_and_classify, recurrent=False):
         super().__init__()
@@ -51,10 +51,10 @@ def net(*args, **options):
 
 
 def assert_fed(model, *pairs):
-    """Asserts that backward passes from outputs give the gradients of the equations.
+    """Asserts that the mean loss over several outputs has the gradients of the equations.
 
     Args:
-        pairs: outputs, and the inputs that they were computed from.
+        pairs: (output, input) of each forward pass.
     """
     model.zero_grad()
     (sum(mean_loss(output, Y) for output, _ in pairs) / len(pairs)).backward()
@@ -64,22 +64,22 @@ def assert_fed(model, *pairs):
 
 
 def assert_usable(model):
-    """Asserts that two passes have the right gradients: a call before has left no state."""
+    """Asserts that two passes have the right gradients: earlier calls have left no state."""
     for _ in range(2):
         assert_fed(model, (model(A), A))
 
 
-# Right orders of calls
+# Supported orders of calls
 
 
-def test_parts_called_by_themselves():
+def test_parts_called_separately_in_one_pass():
     model = net()
     with model.dfa.one_pass():
         h = model.encode(A)
         with torch.no_grad():
             model(B)
         output = model.classify(h)
-        model.encode(B)  # after the output, so not fed
+        model.encode(B)  # after the DFA, so without feedback
     assert_fed(model, (output, A))
 
 
@@ -95,7 +95,7 @@ def test_several_outputs_in_one_pass_and_several_passes_before_the_backward_pass
 
 
 def teach(model, x, teaches=True):
-    """Calls the network within itself under no_grad, as a teacher."""
+    """Calls the network within its own forward pass under no_grad, as a teacher."""
     h = model.encode(x)
     if teaches:
         with torch.no_grad():
@@ -104,11 +104,11 @@ def teach(model, x, teaches=True):
 
 
 def recurse(model, x, inner=False):
-    """Calls the network within itself with gradients; the inner call comes to the DFA."""
+    """Calls the network within its own forward pass; only the inner call reaches the DFA."""
     return model.classify(x) if inner else model(model.encode(x), inner=True)
 
 
-def test_a_network_that_calls_itself_does_so_without_gradients_or_in_one_pass():
+def test_a_network_may_call_itself_without_gradients_or_in_one_pass():
     assert_usable(net(teach))
     model = net(recurse)
     with pytest.raises(RuntimeError, match="a network that calls itself does so in .*one_pass"):
@@ -118,11 +118,11 @@ def test_a_network_that_calls_itself_does_so_without_gradients_or_in_one_pass():
     assert_fed(model, (output, A))
 
 
-# Orders of calls that are refused
+# Refused orders of calls
 
 
 def encode_two_views(model, x):
-    """SimSiam's order: both views through the encoder, then both through the head."""
+    """Encodes two views before it classifies them, as SimSiam does."""
     h, g = model.encode(x), model.encode(2 * x)
     return model.classify(h), model.classify(g)
 
@@ -160,9 +160,9 @@ def test_refused_orders(run, recurrent, message, explicit):
     assert_usable(model)
 
 
-def test_parts_outside_of_a_pass():
+def test_parts_called_outside_of_a_pass_are_refused_under_dfa_only():
     model = net()
-    h = model.encode(A)  # detached, and not fed
+    h = model.encode(A)  # detached, without feedback
     with pytest.raises(RuntimeError, match="DFA was called outside of a pass: .*one_pass"):
         model.classify(h)
     assert_usable(model)
@@ -172,7 +172,7 @@ def test_parts_outside_of_a_pass():
 
 
 class Auxiliary(Net):
-    """Calls its second point behind the DFA only."""
+    """Calls its second point only after the DFA."""
 
     def __init__(self):
         super().__init__()
@@ -183,7 +183,7 @@ class Auxiliary(Net):
         return output, self.inner(self.side(x))
 
 
-def test_a_part_behind_the_dfa_is_refused_unless_it_is_frozen():
+def test_a_part_called_after_the_dfa_is_refused_unless_it_is_frozen():
     model = Auxiliary().double()
     with pytest.raises(RuntimeError, match="a pass ended without feedback for point 1"):
         model(A)
@@ -192,7 +192,7 @@ def test_a_part_behind_the_dfa_is_refused_unless_it_is_frozen():
 
 
 def run_that_raises(error):
-    """Makes a forward pass that raises between its two points."""
+    """Returns a forward pass that raises `error` between its two points."""
 
     def run(model, x):
         model.encode(x)
@@ -203,7 +203,7 @@ def run_that_raises(error):
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 @pytest.mark.parametrize("explicit", [False, True])
-def test_a_pass_that_raises_leaves_nothing_behind(error, explicit):
+def test_a_pass_that_raises_leaves_no_state(error, explicit):
     model = net(run_that_raises(error), recurrent=True)
     for _ in range(2):
         with pytest.raises(error), model.dfa.one_pass() if explicit else nullcontext():
@@ -220,8 +220,8 @@ def test_a_pass_that_raises_leaves_nothing_behind(error, explicit):
 # Activations
 
 
-def test_activations_have_gradients_of_their_own():
-    """Leaves keep the gradient that arrives, and add to it."""
+def test_leaf_activations_have_separate_gradients():
+    """The `.grad` of leaf activations accumulates, so it must not share memory between leaves."""
     points = nn.ModuleList([DFALayer(), DFALayer()])
     dfa, head = DFA(points), nn.Linear(8, 3).double()
     leaves = [torch.randn(5, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
@@ -235,7 +235,7 @@ def test_activations_have_gradients_of_their_own():
     assert_close([leaf.grad for leaf in leaves], [wanted, wanted])
 
 
-def test_a_finished_pass_keeps_nothing_alive():
+def test_a_finished_pass_keeps_no_tensor_alive():
     model, hidden = net(), []
     model.point.register_forward_pre_hook(lambda _, args: hidden.append(weakref.ref(args[0])))
     mean_loss(model(A), Y).backward()
@@ -249,7 +249,7 @@ def test_a_finished_pass_keeps_nothing_alive():
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_a_copy_made_in_a_pass_begins_without_one(duplicate):
+def test_a_copy_made_within_a_pass_is_in_no_pass(duplicate):
     model = net()
     with model.dfa.one_pass():
         h = model.encode(A)
@@ -259,7 +259,7 @@ def test_a_copy_made_in_a_pass_begins_without_one(duplicate):
     assert_usable(other)
 
 
-def test_another_thread_is_refused_and_disturbs_nothing():
+def test_a_second_thread_is_refused_and_does_not_disturb_the_pass():
     def attempt(model):
         for begin in (lambda: model(B), model.dfa.one_pass().__enter__):
             with pytest.raises(RuntimeError, match="in another thread: give each thread a copy"):
@@ -282,7 +282,7 @@ def test_another_thread_is_refused_and_disturbs_nothing():
     assert_fed(model, (model(A), A))
 
 
-def test_a_thread_that_was_ended_in_a_pass_is_forgotten():
+def test_the_pass_of_an_ended_thread_does_not_block_later_passes():
     model = net(run_that_raises(SystemExit))
     with ThreadPoolExecutor(1) as pool, pytest.raises(SystemExit):
         pool.submit(model, A).result()
@@ -298,8 +298,8 @@ def test_a_point_of_another_network_is_refused(swap):
         model(A)
 
 
-def test_the_points_may_go_to_a_new_dfa():
-    """A network whose output layer is replaced gets a new DFA."""
+def test_a_new_dfa_takes_over_the_points_and_the_old_one_is_refused():
+    """A network may need a new DFA after its output layer is replaced."""
     model = net()
     old, model.last = model.dfa, nn.Linear(8, 3).double()
     model.dfa = DFA(model)

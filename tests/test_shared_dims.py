@@ -1,4 +1,4 @@
-"""Feedback points whose positions (tokens, pixels) all get the same signal."""
+"""Feedback points with `shared_dims` send the same signal to all positions (tokens, pixels)."""
 
 import math
 
@@ -14,7 +14,7 @@ from dfatools import DFA, DFALayer, dfa_from_bp
 
 
 class Mean(nn.Module):
-    """The mean over dimensions, (N, ...) to (N, features)."""
+    """Computes the mean over the dimensions `dims`."""
 
     def __init__(self, *dims):
         super().__init__()
@@ -25,7 +25,7 @@ class Mean(nn.Module):
 
 
 def tokens(**options):
-    """(N, T, 7) to one answer per sequence, (N, 4)."""
+    """Builds a classifier of token sequences, (N, T, 7) to (N, 4)."""
     torch.manual_seed(0)
     shared = DFALayer(shared_dims=(1,))
     layers = nn.Linear(7, 5), nn.Tanh(), shared, nn.Linear(5, 9), nn.Tanh(), Mean(1), DFALayer()
@@ -33,7 +33,7 @@ def tokens(**options):
 
 
 def images(**options):
-    """(N, 2, H, W) to (N, 4)."""
+    """Builds a classifier of images, (N, 2, H, W) to (N, 4)."""
     torch.manual_seed(0)
     first, second = (DFALayer(shared_dims=(2, 3)) for _ in range(2))
     convs = nn.Conv2d(2, 3, 3), nn.Tanh(), first, nn.Conv2d(3, 5, 3), nn.Tanh(), second
@@ -42,14 +42,14 @@ def images(**options):
 
 
 def videos(**options):
-    """(N, T, C, H, W) to an answer for each frame, (N, T, 4); pixels are shared, C comes last."""
+    """Builds a classifier of video frames, (N, T, H, W, 6) to (N, T, 4), with shared pixels."""
     torch.manual_seed(0)
     point = DFALayer(shared_dims=(3, 2))
     return with_dfa(nn.Linear(6, 5), nn.Tanh(), point, Mean(2, 3), nn.Linear(5, 4), **options)
 
 
 def recurrent(**options):
-    """(N, T, 7) to (N, 4), the signal shared by the time steps of an LSTM."""
+    """Builds an LSTM, (N, T, 7) to (N, 4), whose time steps share the signal."""
     torch.manual_seed(0)
     lstm = nn.LSTM(7, 5, batch_first=True)
     lstm.register_forward_hook(lambda module, args, output: output[0])
@@ -66,7 +66,7 @@ def test_gradients_follow_the_equations(normalization, reduction):
 
     w1, b1, w2, b2, w3, b3 = (p.detach().numpy() for p in model.parameters())
     matrix = model.dfa.feedback_matrix.numpy()
-    assert matrix.shape == (4, 9)  # not 3 tokens of 5 features
+    assert matrix.shape == (4, 9)  # tokens do not count: max(5, 9), not max(3 * 5, 9)
     h1 = np.tanh(x.numpy() @ w1.T + b1)
     h2 = np.tanh(h1 @ w2.T + b2).mean(1)
     p = np.exp(h2 @ w3.T + b3)
@@ -86,7 +86,7 @@ def test_gradients_follow_the_equations(normalization, reduction):
 ])  # fmt: skip
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_any_number_of_positions(network, options, shapes, reduction):
-    """Sequences longer and shorter than the first, and images of other sizes."""
+    """Later sequences may be longer or shorter than the first, and images of other sizes."""
     model = network(reduction=reduction, **options)
     for shape in shapes:
         x, y = batch(*shape)
@@ -125,13 +125,13 @@ def test_the_norm_of_a_signal_does_not_depend_on_the_number_of_positions():
 
 
 @pytest.mark.parametrize("dims", [1, (0,), (-1,), (1, 1), (1.0,), (True,)])
-def test_bad_shared_dims(dims):
+def test_bad_shared_dims_are_refused(dims):
     with pytest.raises(ValueError, match="shared_dims must be a tuple of different positive"):
         DFALayer(shared_dims=dims)
 
 
 @pytest.mark.parametrize("dims, batch_dims", [((2,), 1), ((1, 3), 1), ((1,), 2)])
-def test_shared_dims_that_an_activation_does_not_have(dims, batch_dims):
+def test_shared_dims_that_an_activation_lacks_are_refused(dims, batch_dims):
     model = with_dfa(DFALayer(dims), nn.Linear(4, 4), batch_dims=batch_dims)
     message = rf"shared_dims .*{dims[-1]}.* of feedback point 0 .* of shape \(5, 4\)"
     with pytest.raises(ValueError, match=message):
@@ -139,6 +139,6 @@ def test_shared_dims_that_an_activation_does_not_have(dims, batch_dims):
     assert model.dfa.feedback_matrix.numel() == 0
 
 
-def test_the_options_are_shown():
+def test_repr_shows_the_options():
     assert repr(DFALayer((2, 3), recurrent=True)) == "DFALayer(shared_dims=(2, 3), recurrent=True)"
     assert "DFALayer()" in repr(dfa_from_bp(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))))
