@@ -1,4 +1,4 @@
-"""The measured cosines against NumPy, and for other networks against plain autograd."""
+"""measure_alignment computes the cosine between each sample's DFA signal and BP gradient."""
 
 import copy
 import math
@@ -21,12 +21,12 @@ def summed(output, y):
 
 
 def cosine(a, b):
-    """Computes the cosine of each row, 0 where a row vanishes."""
+    """Computes the cosine of each pair of rows; 0 if a row is zero."""
     return F.cosine_similarity(torch.as_tensor(a), torch.as_tensor(b), eps=1e-300)
 
 
 def assert_measured(model, names, x, y, loss=F.cross_entropy, reference=None):
-    """Checks the cosines at exactly the named modules, those of several calls as one vector."""
+    """Asserts the cosines of exactly the named modules; all calls of a module have one cosine."""
     got = measure_alignment(model, x, y, loss)
     assert list(got) == names
     for name, calls in expected_signals(reference or model, x, y, names, loss).items():
@@ -65,7 +65,7 @@ def cosines_in_numpy(model, x, y):
     ({"reduction": "sum"}, summed),
     ({"normalization": False}, F.cross_entropy),
 ])  # fmt: skip
-def test_cosines_are_those_of_the_equations(options, loss, grad_mode):
+def test_cosines_follow_the_equations(options, loss, grad_mode):
     model = fc(**options)
     x, y = batch()
     with grad_mode():
@@ -110,14 +110,14 @@ def test_the_input_may_be_of_any_type(given):
     assert_measured(model, ["0", "1", "2", "3", "4"], given, y)
 
 
-def test_an_input_that_asks_for_gradients_gets_none():
+def test_an_input_that_requires_gradients_gets_none():
     x, y = batch()
     x.requires_grad_()
     assert_measured(fc(), ["0", "1", "2", "3", "4"], x, y)
     assert x.grad is None
 
 
-def test_a_module_called_twice_has_one_cosine():
+def test_a_module_called_several_times_has_one_cosine():
     assert_measured(Recurrent(), ["first", "cell", "head"], *batch())
 
 
@@ -128,7 +128,7 @@ def test_a_convolutional_network_is_measured_in_eval_mode(train):
         nn.Flatten(), nn.Linear(12, 6), nn.Tanh(), nn.Dropout(0.5), nn.Linear(6, 4),
     )).double()  # fmt: skip
     x, y = batch(2, 4, 4)
-    model(x)  # moves the running statistics of BatchNorm2d
+    model(x)  # updates the running statistics of BatchNorm2d
     cosines = assert_measured(model.train(train), [str(i) for i in range(9)], x, y)
     alone = measure_alignment(model, x[:1], y[:1], F.cross_entropy)
     for name in alone:
@@ -136,7 +136,7 @@ def test_a_convolutional_network_is_measured_in_eval_mode(train):
 
 
 def test_changes_in_place_make_no_difference():
-    """They stand behind a module, behind a feedback point, and in front of one."""
+    """The changes are behind a module, behind a feedback point, and in front of a point."""
 
     def build(inplace):
         block = ResidualInPlace if inplace else Residual
@@ -154,7 +154,7 @@ def test_changes_in_place_make_no_difference():
 
 
 class Positions(nn.Module):
-    """Adds a learned vector that belongs to no sample."""
+    """Adds a learned vector, from an Embedding whose output has no batch dimension."""
 
     def __init__(self):
         super().__init__()
@@ -165,7 +165,7 @@ class Positions(nn.Module):
 
 
 class Discarding(nn.Sequential):
-    """Returns its input, whatever its modules compute from it."""
+    """Calls its modules, but returns its input."""
 
     def forward(self, x):
         super().forward(x)
@@ -177,8 +177,8 @@ class Discarding(nn.Sequential):
     ([weight_norm(nn.Linear(7, 6)), Positions()], ["0", "2", "4"]),
     ([nn.Linear(7, 6), Discarding(nn.Linear(6, 3), DFALayer())], ["0", "2", "4"]),
 ], ids=["no-gradient", "no-sample", "discarded"])  # fmt: skip
-@pytest.mark.parametrize("samples", [8, 6])  # 6 is also a size of the normalised weight
-def test_outputs_without_a_gradient_or_a_sample_are_left_out(front, names, samples):
+@pytest.mark.parametrize("samples", [8, 6])  # 6 is also the first size of the normalised weight
+def test_outputs_without_a_gradient_or_a_batch_dimension_have_no_cosine(front, names, samples):
     model = with_dfa(*front, nn.Tanh(), DFALayer(), nn.Linear(6, 4))
     assert_measured(model, names, *batch(samples=samples))
 

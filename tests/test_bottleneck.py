@@ -1,4 +1,4 @@
-"""The gradient bottleneck: the entries of the gradients that it keeps, and nn.Linear otherwise."""
+"""BottleneckLinear masks entries of its gradients at random, and is nn.Linear otherwise."""
 
 import copy
 
@@ -13,7 +13,7 @@ from dfatools import BottleneckLinear, DFALayer, measure_alignment, prealign
 
 @pytest.mark.parametrize("keep, entries", [(0.0, {0}), (0.4, {0, 1}), (1.0, {1})])
 def test_gradients_are_the_explicit_gradients_under_the_masks(keep, entries):
-    """The masks of the parameters stay, and each pass draws the mask of the input anew."""
+    """The masks of weight and bias are fixed; each backward pass draws a new mask for the input."""
     torch.manual_seed(0)
     layer = BottleneckLinear(7, 5, keep).double()
     x, grad_output = torch.randn(6, 7).double(), torch.randn(6, 5).double()
@@ -36,7 +36,7 @@ def test_gradients_are_the_explicit_gradients_under_the_masks(keep, entries):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
-def test_masks_are_buffers_that_a_generator_draws():
+def test_masks_are_buffers_drawn_from_the_generator():
     layer = BottleneckLinear(30, 20, 0.3, generator=torch.Generator().manual_seed(1))
     generator = torch.Generator().manual_seed(1)
     for mask in (layer.weight_mask, layer.bias_mask):
@@ -54,7 +54,7 @@ def test_a_layer_without_bias():
 
 
 @pytest.mark.parametrize("keep", [-0.1, 1.1])
-def test_a_keep_that_is_no_probability_is_refused(keep):
+def test_a_keep_outside_0_to_1_is_refused(keep):
     with pytest.raises(ValueError, match="from 0 to 1"):
         BottleneckLinear(4, 3, keep)
 
@@ -63,10 +63,7 @@ def test_a_keep_that_is_no_probability_is_refused(keep):
 
 
 def network(keep):
-    """Builds four Linears, of which the second is a bottleneck, without a point in front.
-
-    Returns: the network and a batch.
-    """
+    """Builds a batch, and four Linear layers; the second is a bottleneck without a point before it."""
     torch.manual_seed(0)
     layers = nn.Linear(7, 9), nn.Tanh(), BottleneckLinear(9, 8, keep), nn.Tanh(), DFALayer()
     model = with_dfa(*layers, nn.Linear(8, 7), nn.Tanh(), DFALayer(), nn.Linear(7, 4))
@@ -99,8 +96,8 @@ def test_alignment_compares_the_masked_signal_with_the_true_gradient():
         expected = F.cosine_similarity(*signals)
         torch.testing.assert_close(cosines[name], expected, rtol=0, atol=1e-12)
     with pytest.raises(RuntimeError):
-        measure_alignment(model, x, y, lambda output, y: output)  # no scalar
-    assert model[2].masking  # set back, after an error too
+        measure_alignment(model, x, y, lambda output, y: output)  # not a scalar
+    assert model[2].masking  # restored, even after an error
 
 
 def test_prealignment_aligns_the_layer_behind_the_bottleneck():
@@ -115,6 +112,6 @@ def test_prealignment_aligns_the_layer_behind_the_bottleneck():
 
 def test_a_compiled_network_masks_the_same_parameters():
     model, *data = network(0.5)
-    expected = gradients(model, data)[2:]  # those of the first layer depend on the input's mask
+    expected = gradients(model, data)[2:]  # the input mask affects the first layer
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert_close(gradients(model, data, run=compiled)[2:], expected, 1e-12)

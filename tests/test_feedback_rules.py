@@ -1,4 +1,4 @@
-"""Other feedback rules: those of examples/feedback_rules.py, against explicit formulas."""
+"""The feedback rules of examples/feedback_rules.py, subclasses of DFA, follow their formulas."""
 
 import copy
 import sys
@@ -25,22 +25,22 @@ from feedback_rules import (
 )
 
 X, Y = batch(samples=8)
-SIZES = (6, 9)  # of the activations of `fc`
+SIZES = (6, 9)  # features of the activations of `fc`
 
 
 def net(rule, *arguments, **options):
-    """Makes an `fc` network, whose DFA another rule replaces."""
+    """Builds an `fc` network with another feedback rule in place of its DFA."""
     model = fc()
     model.dfa = rule(model, *arguments, **options)
     return model.double()
 
 
 def matrix(model, size):
-    """The part of the shared matrix for an activation, normalisation included."""
+    """Returns B_i for an activation of `size` features, (4, size), normalisation included."""
     return model.dfa.feedback_matrix[:, :size].numpy() / np.sqrt(4 * size)
 
 
-# Each formula computes the signal (rows, size) of a point from e (rows, 4), in NumPy.
+# Each formula computes the signal of a point, (rows, size), from the error e, (rows, 4), in NumPy.
 
 
 def sign_of_error(model, e, point, size):
@@ -83,7 +83,7 @@ RULES = {
 
 
 def as_rule(formula, model):
-    """Makes of a formula the `rule` of formulas.Definition."""
+    """Converts a formula to the `rule` argument of `formulas.Definition`."""
     return lambda rows, point, size: torch.from_numpy(formula(model, rows.numpy(), point, size))
 
 
@@ -125,7 +125,7 @@ def test_alignment(formula):
 
 
 @pytest.mark.parametrize("formula", RULES, ids=lambda formula: formula.__name__)
-def test_the_state_dict_holds_all_matrices(formula):
+def test_the_state_dict_contains_all_matrices(formula):
     torch.manual_seed(1)
     model = net(*RULES[formula])
     expected = gradients(model, (X, Y))
@@ -133,7 +133,7 @@ def test_the_state_dict_holds_all_matrices(formula):
     other.load_state_dict(model.state_dict())
     assert_close(gradients(other, (X, Y)), expected, tolerance=0)
     if not model.dfa.needs_matrix:
-        assert model.dfa.feedback_matrix.numel() == 0  # drawn by none of these passes
+        assert model.dfa.feedback_matrix.numel() == 0  # no pass has drawn the shared matrix
 
 
 # Learned matrices
@@ -155,8 +155,8 @@ def test_learned_matrices_get_the_gradient_of_kolen_and_pollack(reduction):
     assert_close(got, map(torch.from_numpy, expected))
 
 
-def test_the_last_learned_matrix_comes_to_be_the_output_layers_weight():
-    """Both get the same gradient, and weight decay makes their initial values vanish."""
+def test_the_last_learned_matrix_converges_to_the_output_layers_weight():
+    """Both get the same gradient, and weight decay removes their initial difference."""
     model = net(LearnedMatrices, 4, SIZES)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, weight_decay=0.05)
     for _ in range(400):
@@ -167,7 +167,7 @@ def test_the_last_learned_matrix_comes_to_be_the_output_layers_weight():
     assert weight.norm() > 0.5 and (weight - learned).norm() < 1e-4
 
 
-def test_a_learned_rule_behind_a_frozen_layer():
+def test_learned_matrices_get_gradients_behind_a_frozen_layer():
     model = net(LearnedMatrices, 4, SIZES)
     model.get_submodule("0").requires_grad_(False)
     mean_loss(model(X), Y).backward()
@@ -181,7 +181,7 @@ def test_a_learned_rule_behind_a_frozen_layer():
 
 
 class Recorded(DFA):
-    """Keeps the arguments of its last call."""
+    """DFA that records the arguments of its last call of `signals`."""
 
     needs_values = True
 
@@ -190,7 +190,7 @@ class Recorded(DFA):
         return super().signals(error, activations, matrix)
 
 
-def test_a_rule_is_given_error_point_shape_size_and_value():
+def test_a_rule_gets_error_point_shape_size_and_value():
     points = [DFALayer(), DFALayer((2, 3)), DFALayer(recurrent=True)]
     layers = nn.Conv2d(2, 3, 3), points[1], nn.Flatten(), points[0], points[2]
     model = nn.Sequential(*layers, nn.Linear(12, 4))
@@ -211,7 +211,7 @@ def test_a_rule_is_given_error_point_shape_size_and_value():
     assert torch.equal(activations[2].value, hidden.flatten(1))
 
 
-def test_a_value_is_that_at_its_point_whatever_changes_it_later():
+def test_an_activations_value_is_unaffected_by_later_changes_in_place():
     model = nn.Sequential(nn.Linear(7, 6), DFALayer(), nn.ReLU(inplace=True), nn.Linear(6, 4))
     model.add_module("dfa", Recorded(model))
     model.double()
@@ -220,8 +220,7 @@ def test_a_value_is_that_at_its_point_whatever_changes_it_later():
     assert torch.equal(activation.value, model[0](X))
 
 
-def test_a_rule_of_any_network():
-    """dfa_from_bp takes the rule, and gives it its options."""
+def test_dfa_from_bp_passes_options_to_a_rule():
     plain = nn.Sequential(*(layer for layer in fc() if not isinstance(layer, (DFALayer, DFA))))
     for points in (None, ["1", "3"]):
         options = {"rule": OwnMatrices, "output_size": 4, "sizes": SIZES, "reduction": "sum"}
@@ -233,7 +232,7 @@ def test_a_rule_of_any_network():
 
 
 class ByValue(DFA):
-    """Sends the activation itself, times the sum of the error's magnitudes."""
+    """Sends back the activation itself, times the sum of the error's magnitudes."""
 
     needs_matrix, needs_values = False, True
 
@@ -300,7 +299,7 @@ def test_learned_matrices_with_shared_positions():
     assert_close(got, [torch.from_numpy(expected)])
 
 
-def test_parameters_without_gradients_are_refused():
+def test_rule_parameters_without_rule_gradients_are_refused():
     class Forgetful(LearnedMatrices):
         rule_gradients = DFA.rule_gradients
 

@@ -1,4 +1,4 @@
-"""Coming from TinyDFA: its scale is reproduced, its attributes are refused."""
+"""DFA reproduces a training of TinyDFA, and refuses TinyDFA's attributes with a remedy."""
 
 import math
 
@@ -11,7 +11,7 @@ from dfatools import DFA, DFALayer
 
 
 class Net(nn.Module):
-    """Tokens (N, T, 7) to (N, T, 4), or if `shared`, to one answer per sequence, (N, 4)."""
+    """Classifies tokens, (N, T, 7) to (N, T, 4), or whole sequences if `shared`, to (N, 4)."""
 
     def __init__(self, shared):
         super().__init__()
@@ -37,9 +37,9 @@ def loss(output, y):
 def tinydfa_gradients(model, x, y, uniform):
     """Computes gradients by TinyDFA's rule, with plain autograd.
 
-    The error is multiplied by a matrix that is uniform on [-1, 1), (output size, largest feedback
-    size), over the root of the largest size. Each layer takes its first columns. Where it has R
-    positions for one of the error, each gets them over the root of R.
+    TinyDFA multiplies the error by `uniform`, (output size, largest feedback size), with entries
+    from [-1, 1), and divides by the root of the largest size. A layer gets the first columns of
+    the product. If R positions share a row of the error, their signal is divided by sqrt(R).
     """
     kept = []
 
@@ -101,7 +101,7 @@ def test_an_attribute_of_tinydfa_is_refused(name, value, remedy):
     ("batch_dims", (0, 1), "give batch_dims to the DFA"),
     ("passthrough", True, 'training_method = "bp"'),
 ])  # fmt: skip
-def test_an_attribute_of_a_point_of_tinydfa_is_refused(name, value, remedy):
+def test_a_point_attribute_of_tinydfa_is_refused(name, value, remedy):
     with pytest.raises(AttributeError, match=f"DFALayer has no attribute {name}: .*{remedy}"):
         setattr(DFALayer(), name, value)
     assert not hasattr(DFALayer(), name)
@@ -109,6 +109,6 @@ def test_an_attribute_of_a_point_of_tinydfa_is_refused(name, value, remedy):
         DFALayer(**{name: value})
 
 
-def test_a_list_of_points_in_the_place_of_the_network_is_refused():
+def test_a_list_of_points_instead_of_the_network_is_refused():
     with pytest.raises(TypeError, match="DFA takes the network of its DFALayers, not a list"):
         DFA([DFALayer()])

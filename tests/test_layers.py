@@ -1,4 +1,4 @@
-"""The layers that train many networks at once: equal to torch.nn's, to the last bit or digit."""
+"""The layers of mltools compute the outputs, gradients and SGD steps of their torch.nn versions."""
 
 import copy
 
@@ -37,7 +37,7 @@ def close(actual, expected):
     ],
     ids=["rows", "tokens", "images", "channels-last", "strided"],
 )
-def test_a_step_is_that_of_torchs_layer_and_sgd(
+def test_output_and_step_equal_torchs_layer_and_sgd(
     kind, torch_kind, sizes, shape, format, needs_input, bias
 ):
     layer, reference = (k(*sizes, bias=bias).double() for k in (kind, torch_kind))
@@ -86,7 +86,7 @@ def test_a_pooling_sends_the_gradient_of_a_window_to_its_first_maximum(tanh, for
     close(x.grad, grad_input)
 
 
-def test_tanh_and_pooling_change_places_in_train_mode_only():
+def test_tanh_and_pooling_are_swapped_in_train_mode_only():
     act, pooling = Tanh(pooled=True), MaxPool2d(3, 2, tanh=True)
     x = torch.randn(2, 3, 7, 8)
     assert act(x) is x
@@ -96,7 +96,7 @@ def test_tanh_and_pooling_change_places_in_train_mode_only():
 
 @pytest.mark.parametrize("kind, torch_kind, shape", DROPOUTS)
 @pytest.mark.parametrize("own", [True, False], ids=["own-generator", "default"])
-def test_dropout_draws_what_torch_does(kind, torch_kind, shape, own):
+def test_dropout_draws_the_masks_of_torch(kind, torch_kind, shape, own):
     layer, x = kind(0.3), torch.ones(shape)
     torch.manual_seed(3)
     expected = [torch_kind(0.3)(x) for _ in range(2)]

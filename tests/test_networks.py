@@ -1,4 +1,4 @@
-"""The paper's networks: their modules, their feedback points, and the values they compute."""
+"""mltools.networks builds the paper's networks: their modules, feedback points and values."""
 
 from dataclasses import replace
 
@@ -100,7 +100,7 @@ def test_networks_fit_any_image_size_channels_and_classes(shape, classes, featur
 
 
 @pytest.mark.parametrize("shape", [(1, 14, 32), (3, 32, 14), (1, 8, 8)])
-def test_images_too_small_for_the_poolings_give_one_line_with_their_size(shape):
+def test_images_too_small_for_the_poolings_are_refused_with_their_size(shape):
     with pytest.raises(UserError, match=f"{shape[1]}x{shape[2]}.*15x15") as caught:
         CNN.build(shape, 10)
     assert "\n" not in str(caught.value)

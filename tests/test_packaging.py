@@ -1,4 +1,4 @@
-"""The package's metadata: its contents, its dependencies, its version."""
+"""The package's metadata lists both packages, compatible dependencies and one version."""
 
 import tomllib
 from pathlib import Path
@@ -17,7 +17,7 @@ def requirements(lines):
     return {requirement.name: requirement.specifier for requirement in map(Requirement, lines)}
 
 
-def test_the_pinned_versions_are_among_those_that_it_takes():
+def test_the_dependencies_allow_the_pinned_versions():
     pinned = requirements((ROOT / "requirements.txt").read_text().split())
     library = requirements(PROJECT["dependencies"])
     assert list(library) == ["torch"]  # dfatools imports nothing else
@@ -28,13 +28,13 @@ def test_the_pinned_versions_are_among_those_that_it_takes():
         assert pin.operator == "==" and taken[name].contains(pin.version), name
 
 
-def test_it_holds_both_packages_and_all_that_they_read():
+def test_the_metadata_lists_both_packages_and_their_data_files():
     assert SETUPTOOLS["packages"] == ["dfatools", "mltools"]
     for package, files in SETUPTOOLS["package-data"].items():
         there = {path.name for path in (ROOT / package).iterdir() if path.is_file()}
         assert set(files) == {name for name in there if not name.endswith(".py")}
 
 
-def test_it_has_one_version():
+def test_the_version_is_read_from_dfatools():
     assert SETUPTOOLS["dynamic"]["version"] == {"attr": "dfatools.__version__"}
     assert str(Version(dfatools.__version__)) == dfatools.__version__

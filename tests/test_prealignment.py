@@ -1,4 +1,4 @@
-"""Pre-alignment against its formula: NumPy's pseudo-inverse of signals from plain autograd."""
+"""prealign sets weights by its formula, here from NumPy's pseudo-inverse and plain autograd."""
 
 import copy
 
@@ -14,7 +14,7 @@ from dfatools import DFA, DFALayer, dfa_from_bp, measure_alignment, prealign
 
 
 def expected_state(model, x, y, names, loss):
-    """Computes W^T = S^T pinv(G^T) / its norm at the named modules, from the last to the first."""
+    """Returns the state_dict after W^T = S^T pinv(G^T) / norm, from the last name to the first."""
     before = copy.deepcopy(model.state_dict())
     for name in reversed(names):
         ((gradient, _, signal),) = expected_signals(model, x, y, [name], loss)[name]
@@ -28,16 +28,16 @@ def expected_state(model, x, y, names, loss):
 
 
 def assert_prealigned(model, names, x, y, loss=F.cross_entropy):
-    """Checks that the weights of the named modules are set, and all other tensors kept."""
+    """Asserts that `prealign` sets the weights of the named modules, and no other tensor."""
     measure_alignment(model, x, y, loss)  # draws the feedback matrix
     expected = expected_state(model, x, y, names, loss)
     prealign(model, x, y, loss)
     torch.testing.assert_close(model.state_dict(), expected, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("samples", [5, 30])  # fewer and more than the widths
+@pytest.mark.parametrize("samples", [5, 30])  # fewer and more samples than features
 @pytest.mark.parametrize("without_point", [False, True])
-def test_weights_are_those_of_the_formula(without_point, samples):
+def test_weights_follow_the_formula(without_point, samples):
     model = fc((7, 6, 9, 8, 4))
     if without_point:
         del model.feedback_4
@@ -45,7 +45,7 @@ def test_weights_are_those_of_the_formula(without_point, samples):
 
 
 class Unregistered(nn.Module):
-    """Calls a Sequential's modules by keyword; its feedback points stand in a plain list alone."""
+    """Calls a Sequential's modules by keyword; its feedback points are not its submodules."""
 
     def __init__(self, model):
         super().__init__()
@@ -66,7 +66,7 @@ def test_points_outside_of_the_module_tree_and_inputs_by_keyword():
 
 
 class Product(nn.Sequential):
-    """The product of two layers on the same input."""
+    """Computes the product of two layers with the same input."""
 
     def forward(self, x):
         left, right = self
@@ -83,18 +83,18 @@ def test_other_layers_keep_their_weights(layers, shape, names):
     assert_prealigned(with_dfa(*layers), names, *batch(*shape))
 
 
-def test_the_first_layer_keeps_its_weight_behind_an_input_that_asks_for_gradients():
+def test_the_first_layer_keeps_its_weight_if_the_input_requires_gradients():
     x, y = batch()
     assert_prealigned(fc(), ["2", "4"], x.requires_grad_(), y)
 
 
-def test_layers_where_no_gradient_arrives_keep_their_weights():
+def test_layers_without_a_gradient_keep_their_weights():
     model = fc()
     nn.init.constant_(model.get_submodule("2").bias, 1e3)  # saturates the Tanh behind it
     assert_prealigned(model, ["4"], *batch())
 
 
-def test_token_layers_take_all_tokens_as_samples():
+def test_all_tokens_count_as_samples():
     x, y = batch(4, 7)
     labels = torch.stack(4 * [y], 1)
     model = fc(batch_dims=2)
@@ -114,7 +114,7 @@ def test_narrow_types_are_computed_in_float32(dtype):
     assert error.norm() < 5 * torch.finfo(dtype).eps
 
 
-def test_a_computed_weight_is_refused_before_any_is_set():
+def test_a_parametrized_weight_is_refused_before_any_weight_is_set():
     x, y = batch()
     model = fc(example=x.float())
     weight_norm(model.get_submodule("2"))

@@ -1,4 +1,4 @@
-"""Each departure of the 2019 release against NumPy, or against a plain copy of the network."""
+"""`--protocol release` reproduces each departure of the 2019 release from DFA."""
 
 import copy
 from dataclasses import replace
@@ -21,7 +21,7 @@ REGULARISED = Network(hidden=(9, 8, 7), batchnorm=True, dropout_input=0.2, dropo
 
 
 def build(network, shape=(1, 4, 5)):
-    """Builds the release's network in float64. Returns it, in eval mode, and a batch."""
+    """Builds a network of the release, in float64 and eval mode; returns it, images and labels."""
     torch.manual_seed(0)
     model = network.build(shape, CLASSES, "release", SAMPLES, reduction="sum").double().eval()
     x = torch.randn(SAMPLES, *shape, dtype=torch.float64)
@@ -40,7 +40,7 @@ def feedback(model, error, size):
 
 
 def bottleneck_in_numpy(model, x, y):
-    """Computes {layer: (DFA's signal, BP gradient)} of BOTTLENECK, and its input."""
+    """Computes {layer: (DFA's signal, BP gradient)} of BOTTLENECK; also returns the flat images."""
     weights = [p.detach().numpy() for p in model.parameters()]
     (w1, b1), (w2, b2), (w3, b3), (w4, b4) = zip(weights[::2], weights[1::2])
     x = x.numpy().reshape(SAMPLES, -1)
@@ -52,7 +52,7 @@ def bottleneck_in_numpy(model, x, y):
     # There is no feedback point behind the first block: its signal comes through the bottleneck.
     f2, f3 = feedback(model, error, 8), feedback(model, error, 7)
     f1 = mask * ((f2 * (1 - h2**2)) @ w2)
-    g3 = error / SAMPLES @ w4  # of the mean loss
+    g3 = error / SAMPLES @ w4  # gradient of the mean loss
     g2 = (g3 * (1 - h3**2)) @ w3
     g1 = mask_of_copy * ((g2 * (1 - h2**2)) @ w2)
     sides = {"lin4": (error / SAMPLES, error / SAMPLES)}
@@ -62,12 +62,12 @@ def bottleneck_in_numpy(model, x, y):
 
 
 def cosine_2019(signal, gradient):
-    """Computes the cosine of each sample in NumPy, the product of the norms being 1e-8 at least."""
+    """Returns the cosine of each sample, divided by at least 1e-8, and the product of the norms."""
     norms = np.sqrt((signal**2).sum(1)) * np.sqrt((gradient**2).sum(1))
     return (signal * gradient).sum(1) / np.maximum(norms, 1e-8), norms
 
 
-def test_the_first_layer_learns_through_the_bottleneck_and_one_mask_for_all_batches():
+def test_the_first_layer_learns_through_the_bottleneck_with_one_mask_for_all_batches():
     model, x, y = build(BOTTLENECK)
     masks = model.lin2.input_masks
     assert masks.shape == (2, SAMPLES, 9) and set(masks.flatten().tolist()) == {0, 1}
@@ -87,7 +87,7 @@ def test_a_smaller_batch_gets_the_first_rows_of_the_mask():
     whole.zero_grad()
     loss = F.cross_entropy(whole(x), y, reduction="none")[:5].sum()
     loss.backward()  # the other samples have no error
-    expected = whole.lin1.weight.grad * 5 / 8  # the error is summed: times the batch's size
+    expected = whole.lin1.weight.grad * 5 / 8  # "sum" multiplies by the batch size
     torch.testing.assert_close(model.lin1.weight.grad, expected, rtol=0, atol=1e-12)
 
 
@@ -106,10 +106,10 @@ def test_backpropagation_trains_the_last_hidden_layer_of_the_cnn():
     np.testing.assert_allclose(model.lin1.weight.grad, expected, rtol=0, atol=1e-12)
 
 
-def test_alignment_of_the_bottleneck_is_with_masks_of_a_copy_and_the_floor():
+def test_alignment_of_the_bottleneck_uses_the_masks_of_a_copy_and_the_floor():
     model, x, y = build(BOTTLENECK)
     with torch.no_grad():
-        model.lin4.weight.mul_(60)  # some answers are confident: their error is tiny
+        model.lin4.weight.mul_(60)  # confident answers have a tiny error
     found = measure_release_alignment(model, x, y)
     sides, _ = bottleneck_in_numpy(model, x, y)
     assert list(found) == ["lin1", "act1", "lin2", "act2", "lin3", "act3", "lin4"]
@@ -122,7 +122,7 @@ def test_alignment_of_the_bottleneck_is_with_masks_of_a_copy_and_the_floor():
 
 
 def plain(model, x, generator=None):
-    """Runs a network by plain functions, in train mode if a generator draws its dropout.
+    """Runs a network by plain functions, in train mode if there is a generator for its dropout.
 
     Returns: {layer: output} of the activations and feedback points, and the network's output.
     """
@@ -157,9 +157,9 @@ def plain(model, x, generator=None):
 
 
 def regularised(network, shape=(1, 4, 5)):
-    """Builds a network in train mode, with statistics and weights unlike BatchNorm's first ones.
+    """Builds a network in train mode, with random statistics and weights in its BatchNorm layers.
 
-    Returns: the network, a batch, and the generator of its dropout.
+    Returns: the network, images, labels, and the generator of its dropout.
     """
     model, x, y = build(network, shape)
     generator = torch.Generator().manual_seed(5)
@@ -174,10 +174,10 @@ def regularised(network, shape=(1, 4, 5)):
 
 @pytest.mark.parametrize("network, shape", [
     (REGULARISED, (1, 4, 5)),
-    (Network("cnn"), (3, 15, 16)),  # whose Tanh and pooling change places in train mode
+    (Network("cnn"), (3, 15, 16)),  # swaps Tanh and pooling in train mode
     (Network("cnn", batchnorm=True, dropout_input=0.2, dropout_fc=0.4), (3, 15, 16)),
 ], ids=["fc", "cnn", "cnn, regularised"])  # fmt: skip
-def test_the_gradient_is_that_of_a_copy_in_train_mode_and_the_signal_of_eval_mode(network, shape):
+def test_gradients_are_from_a_copy_in_train_mode_and_signals_from_eval_mode(network, shape):
     model, x, y, _ = regularised(network, shape)
     found = measure_release_alignment(model, x, y)
     outputs, output = plain(model, x, torch.Generator().manual_seed(5))
@@ -197,7 +197,7 @@ def test_the_gradient_is_that_of_a_copy_in_train_mode_and_the_signal_of_eval_mod
         assert found[f"act{i}"].abs().max() < 0.99
 
 
-def test_measuring_leaves_the_model_and_the_random_state_as_they_were():
+def test_measuring_does_not_change_the_model_or_the_random_state():
     model, x, y, generator = regularised(REGULARISED)
     before = copy.deepcopy(model.state_dict()), generator.get_state(), torch.get_rng_state()
     once, twice = (measure_release_alignment(model, x, y) for _ in range(2))
@@ -212,14 +212,14 @@ def test_measuring_leaves_the_model_and_the_random_state_as_they_were():
 
 
 @pytest.mark.parametrize("scale, floor", [(1.0, False), (1e-10, True), (0.0, True)])
-def test_the_cosine_is_that_of_pytorch_in_2019(scale, floor):
+def test_the_cosine_has_the_floor_of_pytorch_in_2019(scale, floor):
     a, b = (torch.randn(6, 2, 3, dtype=torch.float64) for _ in range(2))
     expected, norms = cosine_2019(a.flatten(1).numpy(), scale * b.flatten(1).numpy())
     assert ((norms < 1e-8) == floor).all()
     np.testing.assert_allclose(floored_cosine(a, scale * b), expected, rtol=0, atol=1e-12)
 
 
-def test_the_protocol_changes_the_measurement_of_a_run_and_not_how_fc_trains(tmp_path):
+def test_the_protocol_changes_the_measurement_but_not_the_training_of_fc(tmp_path):
     network = replace(SMALL, batchnorm=True, dropout_input=0.1, dropout_fc=0.4)
     experiment = Experiment("fc", network, reduction="sum", learning_rate=0.05)
     exact = partial(measure_alignment, loss=F.cross_entropy)
@@ -246,7 +246,7 @@ def test_the_bottleneck_has_a_mask_for_each_sample(tmp_path, batch_size, rows):
     assert state_of(tmp_path)["lin2.input_masks"].shape == (2, rows, 8)
 
 
-def test_weights_masks_and_feedback_are_drawn_as_under_corrected_and_the_input_masks_behind_them():
+def test_input_masks_are_drawn_last_so_that_both_protocols_start_alike():
     network, states = Network(hidden=(9, 9, 7), bottleneck=0.1), []
     for protocol in ("release", "corrected"):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Scripts in unusual surroundings: a link, no docstrings, a stdout that fails, a home folder."""
+"""The scripts run from a link, without docstrings, with a failing stdout, and with ~ in paths."""
 
 import json
 import os
@@ -20,12 +20,12 @@ RUN = "--dataset Digits --device cpu --experiments fc-tanh --seeds 0 --epochs 1"
 MADE = {"table.md", "table.csv", "table.tex", "alignment.png", "alignment.pdf", "report.html"}
 
 
-def test_a_linked_script_with_an_ascii_stdout_and_a_tilde_that_no_shell_expands(tmp_path):
-    """All three in one process, for a start takes seconds."""
+def test_a_linked_script_with_an_ascii_stdout_and_a_tilde_not_expanded_by_a_shell(tmp_path):
+    """One process tests all three, since a start takes seconds."""
     link, here = tmp_path / "best.py", tmp_path / "here"
     link.symlink_to(ROOT / "best_practices.py")
     here.mkdir()
-    home = {"HOME": str(tmp_path), "MPLCONFIGDIR": matplotlib.get_cachedir()}  # with its fonts
+    home = {"HOME": str(tmp_path), "MPLCONFIGDIR": matplotlib.get_cachedir()}  # for its font list
     done = subprocess.run(
         [sys.executable, link, *RUN, "--results-dir=~/results"],
         cwd=here, capture_output=True, text=True,
@@ -63,7 +63,7 @@ def test_every_program_has_its_help_without_docstrings_and_refuses_an_unknown_op
 
 
 def failing(kind):
-    """Opens a stdout that fails in the given way; None is a closed one."""
+    """Returns a stdout that fails in the given way; Python sets a closed stdout to None."""
     if kind == "closed":
         return None
     if kind == "full disk":
@@ -79,7 +79,7 @@ KINDS = ["closed", "no reader", pytest.param("full disk", marks=pytest.mark.skip
 
 @pytest.mark.usefixtures("one_thread", "quick_figures")
 @pytest.mark.parametrize("kind", KINDS)
-def test_results_are_on_disk_whatever_becomes_of_stdout(start, tmp_path, monkeypatch, kind):
+def test_a_failing_stdout_does_not_affect_results_on_disk(start, tmp_path, monkeypatch, kind):
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", failing(kind))
         code, _, err = start(best_practices.main, *RUN, "--results-dir", tmp_path)
@@ -90,9 +90,7 @@ def test_results_are_on_disk_whatever_becomes_of_stdout(start, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_only_lines_that_are_nowhere_else_are_an_error_when_they_are_lost(
-    tmp_path, monkeypatch, kind
-):
+def test_lost_lines_are_an_error_only_if_no_file_contains_them(tmp_path, monkeypatch, kind):
     log = tmp_path / "log.txt"
     log.write_bytes(own_log())
     for more, code in (("--output", str(tmp_path / "out")), 0), ((), 2):
@@ -103,7 +101,7 @@ def test_only_lines_that_are_nowhere_else_are_an_error_when_they_are_lost(
     assert (tmp_path / "out" / "fc-tanh" / "seed-0" / "metrics.jsonl").exists()
 
 
-def test_nothing_but_lines_goes_to_stdout_where_stderr_is_closed(tmp_path, monkeypatch, capsys):
+def test_warnings_do_not_go_to_stdout_if_stderr_is_closed(tmp_path, monkeypatch, capsys):
     log = tmp_path / "log.txt"
     log.write_bytes(own_log().replace(b"epoch 3/5", b"epoch \xff/5"))
     monkeypatch.setattr(sys, "argv", ["", str(log)])
@@ -126,14 +124,14 @@ def home(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("todo", ["~/there", Path("~/there")], ids=["text", "path"])
-def test_a_todo_line_may_begin_with_a_tilde(start, home, monkeypatch, todo):
+def test_the_results_dir_in_a_script_may_begin_with_a_tilde(start, home, monkeypatch, todo):
     options = replace(best_practices.OPTIONS, results_dir=todo)
     monkeypatch.setattr(best_practices, "OPTIONS", options)
     _, _, err = start(best_practices.main, "--tables-only")
     assert err.startswith(f"error: {home / 'there' / 'best_practices'} has no results")
 
 
-def test_the_paths_of_logs_may_begin_with_a_tilde(home, start):
+def test_paths_of_logs_may_begin_with_a_tilde(home, start):
     (home / "log.txt").write_bytes(own_log("std-18"))
     start(log_retrieval.main, "~/log.txt", "--output=~/out")
     assert (home / "out" / "std-18" / "seed-0" / "metrics.jsonl").exists()
