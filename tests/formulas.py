@@ -171,7 +171,7 @@ class Definition:
         return signals
 
     def propagate(self, error, to):
-        """Returns the gradients at tensors `to`, from e at the output and the signals at the points."""
+        """Returns the gradients at tensors `to`, from e at the output and signals at the points."""
         pairs = zip(self.activations, self.feedback(error))
         ends, signals = zip(
             (self.output, error), *(pair for pair in pairs if pair[0].requires_grad)

@@ -63,7 +63,7 @@ def test_a_keep_outside_0_to_1_is_refused(keep):
 
 
 def network(keep):
-    """Builds a batch, and four Linear layers; the second is a bottleneck without a point before it."""
+    """Builds a batch and four Linear layers: the second, a bottleneck, has no point before it."""
     torch.manual_seed(0)
     layers = nn.Linear(7, 9), nn.Tanh(), BottleneckLinear(9, 8, keep), nn.Tanh(), DFALayer()
     model = with_dfa(*layers, nn.Linear(8, 7), nn.Tanh(), DFALayer(), nn.Linear(7, 4))
