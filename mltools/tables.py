@@ -22,13 +22,14 @@ SPLITS = ("test", "train")
 LATEX = r"""\begin{table}
 \centering
 \caption{%s}
+\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%%
 \begin{tabular}{%s}
 \toprule
 %s \\
 \midrule
 %s
 \bottomrule
-\end{tabular}
+\end{tabular}}
 \end{table}
 """
 
@@ -90,11 +91,12 @@ class Table:
         return "\n".join([f"### {self.title}", "", header, f"|{rule}|", *body, ""])
 
     def latex(self) -> str:
-        """Returns a LaTeX table, which uses the package booktabs."""
-        header, *body = [[_escape_latex(cell) for cell in line] for line in self.cells()]
+        """Returns a LaTeX table at most one column wide; it needs booktabs and graphicx."""
+        columns = [column for column in zip(*self.cells()) if column[0] != "angles from"]
+        header, *body = [[_escape_latex(cell) for cell in line] for line in zip(*columns)]
         lines = [" & ".join(line) + r" \\" for line in body]
-        caption, columns = _escape_latex(self.title), "l" + "r" * (len(header) - 1)
-        return LATEX % (caption, columns, " & ".join(header), "\n".join(lines))
+        caption, alignment = _escape_latex(self.title), "l" + "r" * (len(header) - 1)
+        return LATEX % (caption, alignment, " & ".join(header), "\n".join(lines))
 
 
 def summarise(name: str, runs: Sequence[RunResult]) -> Row:

@@ -113,7 +113,7 @@ def test_all_formats_have_the_same_numbers(tmp_path):
     latex = (tmp_path / "new/table.tex").read_text(encoding="utf-8")
     assert r"a\_b & 40.12 $\pm$ 1.50 & 50.00 & 0.250 $\pm$ 0.062 &  & 2" in latex
     assert r"One \& two" in latex and r"accuracy (\%)" in latex
-    assert r"\begin{tabular}{lrrrrrrr}" in latex
+    assert r"\begin{tabular}{lrrrrrr}" in latex and "a\\_b/seed-0" not in latex
     first, second = csv.DictReader(io.StringIO((tmp_path / "new/table.csv").read_text()))
     assert float(first["test_accuracy_mean"]) == 40.12345 and first["train_accuracy_std"] == ""
     assert float(second["act2_mean"]) == -0.5 and second["act1_mean"] == ""
