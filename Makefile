@@ -10,9 +10,9 @@ DFA_SOAK ?= 15
 
 .PHONY: demo test soak lint
 demo: $(VENV)/installed
-	$(VENV)/bin/python best_practices.py --dataset Digits --seeds 0 --epochs 9 --batch-size 32 \
+	$(VENV)/bin/python best_practices.py --dataset Digits --seeds 0 --epochs 7 --batch-size 32 \
 		--results-dir results/demo
-	$(VENV)/bin/python bottleneck.py --dataset Digits --sizes 1 18 118 800 --epochs 8 \
+	$(VENV)/bin/python bottleneck.py --dataset Digits --sizes 1 18 118 800 --epochs 6 \
 		--batch-size 32 --results-dir results/demo
 
 test: $(VENV)/installed-tests

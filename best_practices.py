@@ -88,7 +88,7 @@ def main() -> None:
     title = "Best practices for Direct Feedback Alignment"
     write_report(folder, title, [*tables.values()], figures, runs)
     if is_first():
-        show(markdown)
+        show(f"{markdown}\nreport: {folder / 'report.html'}")
 
 
 def make_tables(

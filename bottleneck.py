@@ -96,7 +96,7 @@ def main() -> None:
     runs = load_runs(folder, chosen, options.seeds)
     markdown = write_bottleneck_report(runs, folder, REFERENCE)
     if is_first():
-        show(markdown)
+        show(f"{markdown}\nreport: {folder / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,8 @@ def main() -> None:
     if output is None:
         parser.error("logs alone need --output, the folder to write to")
     runs = load_bottleneck_runs(*arguments.sources)
-    show(write_bottleneck_report(runs, output, REFERENCE))
+    markdown = write_bottleneck_report(runs, output, REFERENCE)
+    show(f"{markdown}\nreport: {output / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -80,7 +80,8 @@ def test_a_sweep_writes_its_files_and_skips_finished_runs(start, tmp_path):
     for again in (options, [*options, "--tables-only"]):
         (results / "table.md").unlink()
         (results / "report.html").unlink()
-        assert start(best_practices.main, *again)[:2] == (0, table + "\n")
+        shown = f"{table}\nreport: {results / 'report.html'}\n"
+        assert start(best_practices.main, *again)[:2] == (0, shown)
         assert (results / "table.md").read_text() == table
         assert (results / "report.html").read_text() == report
         assert {file: file.stat().st_mtime_ns for file in results.glob("*/*/*")} == before

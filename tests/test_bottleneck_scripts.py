@@ -100,7 +100,9 @@ def test_logs_give_the_same_report(start, swept, tmp_path, with_folder):
     before = {name: (folder / name).read_bytes() for name in (*TABLES, *PNGS)}
     sources = [folder] * with_folder + [*folder.glob("*/*/log.txt")]  # a run counts once
     code, out, err = start(bottleneck_from_log.main, *sources, "--output", tmp_path / "out")
-    assert (code, err) == (0, "") and out.strip() == before["table.md"].decode().strip()
+    table, _, last = out.rstrip("\n").rpartition("\n")
+    assert (code, err) == (0, "") and table.strip() == before["table.md"].decode().strip()
+    assert last == f"report: {tmp_path / 'out/report.html'}"
     assert {name: (tmp_path / "out" / name).read_bytes() for name in before} == before
     report = (tmp_path / "out/report.html").read_text(encoding="utf-8")
     assert report.count("finished, from a log") == (0 if with_folder else 4)
