@@ -1,5 +1,6 @@
-"""The code in the documentation runs as written, and so do the examples."""
+"""The code in the documentation and in docstrings runs as written, and so do the examples."""
 
+import doctest
 import os
 import re
 import runpy
@@ -9,7 +10,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from matplotlib import image
+from torch import nn
+from torch.nn import functional as F
+
+import dfatools
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -34,7 +40,7 @@ def test_the_code_of_a_page_runs_as_written(page, tmp_path):
     run = subprocess.run(
         [sys.executable, "-c", f"exec(compile({code!r}, {page.name!r}, 'exec'))"],
         cwd=tmp_path,
-        # As torchrun would set them for a single process.
+        # With the variables that torchrun sets for a single process.
         env=os.environ
         | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         | {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"},
@@ -51,7 +57,25 @@ def test_the_files_that_a_page_links_to_are_there(page):
     assert [link for link in files if not (page.parent / link).exists()] == []
 
 
-def test_the_example_draws_its_figure(one_thread, monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize("name", dfatools.__all__)
+def test_the_docstring_of_a_public_name_has_examples_that_run(name):
+    public = {name: getattr(dfatools, name) for name in dfatools.__all__}
+    names = {"torch": torch, "nn": nn, "F": F, **public}
+    runner, finder = doctest.DocTestRunner(), doctest.DocTestFinder(exclude_empty=True)
+    for test in finder.find(public[name], name, globs=names):
+        runner.run(test)
+    assert runner.tries > 0 and runner.failures == 0
+
+
+def test_fc_tanh_learns_and_aligns(one_thread, monkeypatch, capsys):
+    lines = run_example(monkeypatch, capsys, "fc_tanh.py --dataset Digits --epochs 20")
+    assert len(lines) == 20
+    accuracy, *cosines = map(float, re.findall(r"[\d.]{5}", lines[-1]))
+    assert accuracy > 70
+    assert cosines[0] > cosines[1] > cosines[2] > 0.05
+
+
+def test_own_network_draws_its_figure(one_thread, monkeypatch, capsys, tmp_path):
     figure = tmp_path / "figure.png"
     monkeypatch.setattr(sys, "argv", ["own_network.py", "--epochs", "2", "--output", str(figure)])
     runpy.run_path(str(ROOT / "examples" / "own_network.py"), run_name="__main__")
@@ -61,7 +85,7 @@ def test_the_example_draws_its_figure(one_thread, monkeypatch, capsys, tmp_path)
     assert accuracy["bp"] > accuracy["dfa"] > 60
     cosines = [float(part.split()[-1]) for part in lines[6].split(", ")]
     assert len(cosines) == 7
-    # The last block aligns first, from behind; the first layers have not begun to.
+    # The last block aligns first; the first layers are not aligned yet.
     assert cosines[6] > 0.4
     assert cosines[6] > cosines[5] > cosines[4] > max(cosines[:3])
 
@@ -78,7 +102,7 @@ def run_example(monkeypatch, capsys, command):
     return capsys.readouterr().out.splitlines()
 
 
-def test_the_example_of_feedback_rules(monkeypatch, capsys):
+def test_feedback_rules_all_learn(monkeypatch, capsys):
     lines = run_example(monkeypatch, capsys, "feedback_rules.py --epochs 2")
     accuracy = {line.split(":")[0].strip(): float(line.split()[-6]) for line in lines}
     assert len(accuracy) == 7 and accuracy.pop("sign of the error") > 20
@@ -86,7 +110,7 @@ def test_the_example_of_feedback_rules(monkeypatch, capsys):
 
 
 @needs("torchvision")
-def test_torchvisions_resnet18(one_thread, monkeypatch, capsys):
+def test_resnet18_of_torchvision_aligns(one_thread, monkeypatch, capsys):
     first, second = run_example(monkeypatch, capsys, "resnet18.py --epochs 1 --methods dfa")
     assert re.fullmatch(r"dfa: test accuracy [\d.]+ %", first)
     cosines = {part.split()[0]: float(part.split()[1]) for part in second[12:].split(", ")}
@@ -94,7 +118,7 @@ def test_torchvisions_resnet18(one_thread, monkeypatch, capsys):
 
 
 @needs("transformers")
-def test_gpt2_of_transformers(one_thread, monkeypatch, capsys):
+def test_gpt2_of_transformers_learns(one_thread, monkeypatch, capsys):
     lines = run_example(monkeypatch, capsys, "gpt2.py --steps 20")
     losses = {line.split(":")[0]: float(line.split()[1]) for line in lines if "nats" in line}
     assert [*losses] == ["dfa", "shallow", "bp"]
@@ -131,7 +155,7 @@ def test_two_processes_train_a_large_network_as_one_does():
     assert two == pytest.approx(one, rel=0.02)
 
 
-def test_a_batch_that_cannot_be_shared_out(start):
+def test_a_batch_not_divisible_by_the_processes_is_refused(start):
     main = runpy.run_path(str(LARGE))["main"]
     code, _, err = start(main, "--batch-size", 5)
     assert code == 2 and "--batch-size must be a multiple of --accumulation times" in err

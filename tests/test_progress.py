@@ -71,6 +71,13 @@ def test_a_terminal_shows_a_bar_of_epochs_and_runs(tmp_path, monkeypatch, capsys
     assert (f"/{last['test_loss']:.3f}" in ended) == (columns == 200)
 
 
+def test_a_notebook_shows_the_bar_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    of_a_sweep(tmp_path)
+    out, err = capsys.readouterr()
+    assert out == "" and " 0/5 [" in err and "] runs left: 1, one seed 4, acc " in err
+
+
 def test_quiet_shows_nothing(tmp_path, capsys):
     of_a_sweep(tmp_path, quiet=True)
     assert capsys.readouterr() == ("", "")
