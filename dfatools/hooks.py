@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 
 class Hook:
-    """Forward hook that passes the first tensor of a module's output through another module.
+    """Forward hook: sends the first floating-point tensor of an output through another module.
 
     Args:
-        place: the feedback point, or the `DFA`; a new `DFA` of the network replaces it.
+        place: the feedback point, or the `DFA`; a new `DFA` of the network replaces the old one.
     """
 
     def __init__(self, place: nn.Module) -> None:
@@ -21,8 +21,8 @@ class Hook:
         sent = _with_first_tensor(output, self.place)
         if sent is None:
             raise TypeError(
-                f"a {type(module).__name__} returns a {type(output).__name__} without a tensor for "
-                "its feedback point or the DFA: name another submodule"
+                f"a {type(module).__name__} returns a {type(output).__name__} without a "
+                "floating-point tensor for its feedback point or the DFA: name another submodule"
             )
         return sent
 

@@ -343,7 +343,7 @@ def test_refusals(model, arguments, error, message):
 @pytest.mark.filterwarnings("ignore:module forward hook with ``always_call=True`` raised")
 def test_an_output_without_a_tensor_is_refused(points, kind):
     model = dfa_from_bp(Net(lambda h: 3, lambda h: torch.ones(8, 9), lambda _, z: "text"), points)
-    with pytest.raises(TypeError, match=f"a {kind} returns a (int|str) without a tensor"):
+    with pytest.raises(TypeError, match=f"a {kind} returns a (int|str) without a floating-point"):
         model(X.float())
 
 
