@@ -56,12 +56,12 @@ class _OnlyInTinyDFA:
 
 
 class DFALayer(nn.Module):
-    """Feedback point: the identity in value, placed after a hidden block, which it detaches.
+    """Feedback point after a hidden block: detaches the block's activation, and keeps its values.
 
     It belongs to the `DFA(network)` made after it. It may be inside a block recomputed by
     `torch.utils.checkpoint` (`use_reentrant=False`), except under `torch.compile`. In a module
     sharded by FSDP2's `fully_shard` it comes first, not last: FSDP2 gathers the weights when a
-    gradient reaches the module's output.
+    gradient reaches the module's output, and no gradient reaches the output of a point.
 
         >>> model = nn.Sequential(nn.Embedding(100, 32), DFALayer(shared_dims=(1,)), nn.GRU(32, 64))
         >>> model[1]
@@ -70,16 +70,16 @@ class DFALayer(nn.Module):
     Args:
         shared_dims: dimensions of the activation, after the batch dimensions, whose positions all
             get the same signal: `(1,)` for the tokens or time steps of (N, T, d), `(2, 3)` for the
-            pixels of (N, C, H, W). B_i is then (output size, d_i) with the size d_i of the other
-            dimensions, for any number of positions. Each of R positions gets e B_i / sqrt(R), as
-            in TinyDFA, so that the norm of the signal does not depend on R.
-        recurrent: allows several calls before the `DFA`'s in one pass, as in a recurrence or with
-            shared weights. Every one of these activations gets the feedback, so the output must
-            depend on each.
+            pixels of (N, C, H, W). B_i is then (output size, d_i), where d_i is the number of
+            features of one position. Each of R positions gets e B_i / sqrt(R), as in TinyDFA, so
+            that the norm of the signal does not depend on R.
+        recurrent: allows several calls of the point before the call of the `DFA` in one pass, as
+            in a recurrence or with shared weights. The activation of each call gets a signal, so
+            the output must depend on all of them.
 
-    Shapes: any `(*batch, *features)`, unchanged; `DFA(batch_dims=...)` counts the batch dimensions.
+    Shapes: any `(*batch, *features)`, unchanged; `DFA(batch_dims=...)` is the length of `batch`.
 
-    Raises ValueError if `shared_dims` is no tuple of different positive integers.
+    Raises ValueError if `shared_dims` is no sequence of different positive integers.
     """
 
     _dfa: "DFA | None"
@@ -101,13 +101,16 @@ class DFALayer(nn.Module):
         self._index = 0
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Raises TypeError if `hidden` is no tensor, RuntimeError where no `DFA` owns the point."""
+        """Returns `hidden`, detached except under `"bp"` or `no_grad`.
+
+        Raises TypeError if `hidden` is no tensor, RuntimeError if the point belongs to no `DFA`.
+        """
         if not isinstance(hidden, Tensor):
             raise TypeError(f"a feedback point takes one tensor, not a {type(hidden).__name__}")
         if self._dfa is None:
             raise RuntimeError(
                 "this DFALayer belongs to no DFA: make DFA(network) after it, on a network that "
-                "holds it as a submodule"
+                "contains it as a submodule"
             )
         return self._dfa._detach(self._index, hidden)
 
@@ -120,7 +123,7 @@ class DFALayer(nn.Module):
 
 
 def feedback_points(network: nn.Module) -> list[DFALayer]:
-    """Returns the feedback points of a network: submodules, and points in forward hooks."""
+    """Returns the feedback points among the submodules and in the forward hooks of a network."""
     points: list[DFALayer] = []
     for module in network.modules():
         places = [module, *(hook.place for hook in hooks_of(module))]
@@ -154,16 +157,16 @@ class DFA(nn.Module):
 
     One call of the network is one pass: its activations are kept for the call of the `DFA`, and
     dropped when the network returns or raises. Parts of the network called by themselves form one
-    pass in `with dfa.one_pass():`. Outside of a pass, feedback points detach and get no feedback.
+    pass in `with dfa.one_pass():`. Outside of a pass, feedback points detach, but get no signal.
 
     Args:
         network: the module that contains the feedback points. A new `DFA` replaces an earlier one.
         normalization: scales B_i to a standard deviation of 1 / sqrt(d_i * output size), so that
-            e B_i has about the norm of e / sqrt(output size), for any d_i. Without it, the
-            standard deviation is 1, and the norm is about that of e times sqrt(d_i).
-        reduction: `"mean"` sends back e itself. `"sum"` sends back e times the number of samples
-            in the batch (in a distributed run: in all processes). Under a mean loss this is the
-            summed error of the 2019 release. With gradient accumulation, the micro-batch counts.
+            e B_i has about the norm of e, divided by sqrt(output size), for any d_i. Without it,
+            the standard deviation is 1, and e B_i has about the norm of e, times sqrt(d_i).
+        reduction: `"mean"` sends back e itself. `"sum"` sends back e times the number of samples,
+            or of tokens if `batch_dims` is 2, in the (micro-)batch of all processes. Under a mean
+            loss, this is the summed error of the 2019 release.
         training_method: `"dfa"`; `"bp"`, backpropagation through the same network; `"shallow"`,
             which trains only the layers after the last feedback point. May be changed at any time.
         batch_dims: number of leading dimensions shared by the output and the activations: 1 for
@@ -171,12 +174,12 @@ class DFA(nn.Module):
         feedback_device: device of the matrix; by default the output's.
         generator: draws the matrix; by default the device's default generator.
         feedback_dtype: floating-point type of the matrix, to which it is rounded; e B_i is
-            computed in float32 or wider. By default the matrix follows the model's type.
+            computed in float32 or wider. By default, `model.to(dtype)` converts the matrix too.
 
     Attributes:
         layers: the feedback points, a tuple, in the order of `network.modules()`.
         training_method: as above.
-        feedback_matrix: the shared matrix, before normalization: a buffer, empty until it is drawn,
+        feedback_matrix: the shared matrix before normalization, empty until it is drawn. A buffer,
             saved in the `state_dict` and loaded from it. May be set.
 
     Shapes: any `(*batch, *features)`, unchanged; all feature dimensions count as one vector.
@@ -208,13 +211,13 @@ class DFA(nn.Module):
         super().__init__()
         if not isinstance(network, nn.Module):
             raise TypeError(
-                f"DFA takes the network of its DFALayers, not a {type(network).__name__}"
+                f"DFA takes the network with the DFALayers, not a {type(network).__name__}"
             )
         layers = tuple(feedback_points(network))
         if not layers:
             raise ValueError(
-                "the network has no DFALayer as a submodule: make the DFA after them, and keep a "
-                "list of them in an nn.ModuleList"
+                "the network has no DFALayer as a submodule: make the DFALayers before the DFA, "
+                "and keep a list of them in an nn.ModuleList"
             )
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction must be one of {REDUCTIONS}, not {reduction!r}")
@@ -275,17 +278,17 @@ class DFA(nn.Module):
 
     @contextmanager
     def one_pass(self) -> Iterator[None]:
-        """Makes one pass of all calls in the block, of an encoder and its head for example.
+        """Makes all calls in the block one pass, for example the calls of an encoder and its head.
 
             with model.dfa.one_pass():
                 output = model.dfa(model.head(model.encode(x)))
 
-        Raises RuntimeError in an open pass, and for feedback points called without the DFA.
+        Raises RuntimeError if a pass is open already, or if points are called without the DFA.
         """
         if self._current() is not None:
             self._pass = None
             raise RuntimeError(
-                "one_pass was called inside a pass: a call of the network is a pass already"
+                "one_pass was called inside a pass: remove it, as a call of the network is a pass"
             )
         self._begin(explicit=True)
         try:
@@ -309,7 +312,7 @@ class DFA(nn.Module):
         if now is not None:
             self._end(failed)
         elif not failed:
-            raise RuntimeError("a network that calls itself does so in `with dfa.one_pass():`")
+            raise RuntimeError("the network calls itself: call it in `with dfa.one_pass():`")
 
     def _owner(self) -> nn.Module:
         """Returns the network; `self` if the network no longer exists."""
@@ -363,17 +366,17 @@ class DFA(nn.Module):
 
         Raises:
             TypeError: `output` is no tensor.
-            ValueError: the size of `output` does not fit the matrix, its batch dimensions differ
-                from an activation's, or an activation lacks a dimension of `shared_dims`.
-            RuntimeError: there is no open pass, or the pass would leave parameters untrained: no
-                feedback point was called, one without `recurrent=True` was called several times,
-                a second call of the `DFA` follows other points than its first, or a block is
-                checkpointed with `use_reentrant=True`.
+            ValueError: the output or an activation does not fit the matrix, their batch dimensions
+                differ, or an activation lacks a dimension of `shared_dims`.
+            RuntimeError: no pass is open, another `DFA` owns the points, or the points were called
+                wrongly: not at all, several times without `recurrent=True`, after the output layer,
+                or not before each call of the `DFA`; or no gradient would reach a parameter, as in
+                a block checkpointed with `use_reentrant=True`.
         """
         if not isinstance(output, Tensor):
             raise TypeError(f"DFA takes the output as one tensor, not a {type(output).__name__}")
         if torch.is_grad_enabled() and not self.layers:
-            raise RuntimeError("another DFA has taken over the feedback points of this one")
+            raise RuntimeError("another DFA has taken over the feedback points: call that DFA")
         if not self._feeds():
             return output
         now = self._current()
@@ -390,7 +393,7 @@ class DFA(nn.Module):
                 raise ValueError(
                     f"hidden activations of shape {tuple(activation.shape)} do not share the first "
                     f"{self.batch_dims} dimension(s) with the output, {tuple(output.shape)}: "
-                    "see batch_dims"
+                    "set batch_dims of the DFA"
                 )
         own = [] if type(self) is DFA else [*self.parameters()]  # parameters of a learned rule
         if now.without_grad or not all(tensor.requires_grad for tensor in (output, *hidden)):
@@ -415,7 +418,7 @@ class DFA(nn.Module):
             )
 
     def _refuse_uncalled(self, points: list[int]) -> None:
-        """Raises RuntimeError if a submodule named in `points` was not called in any pass."""
+        """Raises RuntimeError if no pass so far called a submodule named in `points`."""
         for i, layer in enumerate(self.layers):
             if layer.name is not None and i not in self._sizes and i not in points:
                 raise RuntimeError(
@@ -425,17 +428,17 @@ class DFA(nn.Module):
                 )
 
     def feedback(self, i: int) -> Tensor:
-        """Returns B_i, (output size, d_i), as feedback point i gets it, with normalization.
+        """Returns B_i, (output size, d_i), normalised if `normalization` is set.
 
         With `shared_dims`, each of R positions gets e B_i / sqrt(R).
 
-        Raises RuntimeError before the point's first pass, IndexError if there is no such point.
+        Raises RuntimeError before the point's first pass under `"dfa"`, IndexError for a wrong i.
         """
         i = range(len(self.layers))[i]
         if i not in self._sizes:
             raise RuntimeError(
                 f"the size of feedback point {i} is unknown before its first pass: call the "
-                "network once"
+                "network once, as in training by DFA"
             )
         size = self._sizes[i]
         return self.feedback_matrix[:, :size] * self._scale(size, self.feedback_matrix)
@@ -449,15 +452,15 @@ class DFA(nn.Module):
             ...     def signals(self, error, activations, matrix):
             ...         return super().signals(error.sign(), activations, matrix)
 
-        An override has no side effects, because `measure_alignment` calls it too. A class with its
-        own matrices registers them, and sets `needs_matrix = False`. A class that uses the values
-        of the activations sets `needs_values = True`.
+        An override must have no side effects, because `measure_alignment` calls it too. A class
+        with its own matrices registers them, and sets `needs_matrix = False`. A class that uses the
+        values of the activations sets `needs_values = True`.
 
         Args:
             error: e = dL/dy, (rows, output size), a row for each index of the batch dimensions; in
-                float32 or wider; under `reduction="sum"`, times the number of samples.
+                float32 or wider; under `reduction="sum"`, times the rows of all processes.
             activations: point, shape, number of features and value of each activation.
-            matrix: the feedback matrix of the forward pass, (output size, largest d_i).
+            matrix: the `feedback_matrix` of the forward pass; None if `needs_matrix` is False.
 
         Returns: a signal for each activation, (rows, d_i), of any floating-point type, on e's
         device. All positions of `shared_dims` get the same signal.
@@ -488,7 +491,7 @@ class DFA(nn.Module):
         if any(not batch <= dim < len(shape) for dim in shared):
             raise ValueError(
                 f"shared_dims {shared} of feedback point {point} are no feature dimensions of its "
-                f"activation of shape {tuple(shape)}, which follow the first {batch}"
+                f"activation of shape {tuple(shape)}: these follow the first {batch} (batch_dims)"
             )
         return math.prod([shape[dim] for dim in range(batch, len(shape)) if dim not in shared])
 
@@ -528,7 +531,7 @@ class DFA(nn.Module):
         return 1 / math.sqrt(size * matrix.shape[0]) if self.normalization else 1.0
 
     def _matrix_for(self, output: Tensor, sizes: list[int]) -> Tensor | None:
-        """Returns the feedback matrix; draws it in the first pass, refuses one of another size."""
+        """Returns the feedback matrix, drawn if empty. Raises ValueError if it does not fit."""
         if not self.needs_matrix:
             return None
         features, columns = output.shape[self.batch_dims :].numel(), max([0, *sizes])
@@ -545,7 +548,7 @@ class DFA(nn.Module):
         if columns > matrix.shape[1]:
             raise ValueError(
                 f"a feedback point has {columns} features, but the feedback matrix was made for at "
-                f"most {matrix.shape[1]}: begin with the largest input, or give a new DFA"
+                f"most {matrix.shape[1]}: begin with the largest input, or make a new DFA"
             )
         # A matrix drawn in an export or on the meta device has no values to keep.
         if matrix is not self.feedback_matrix and type(matrix) is Tensor and not matrix.is_meta:
@@ -577,7 +580,7 @@ class DFA(nn.Module):
         self._network = weakref.ref(self if network is None else network)
 
     def _apply(self, fn, recurse=True):
-        """Moves the matrix with the model, within `feedback_device` and `feedback_dtype`."""
+        """Converts the matrix with the model, but keeps `feedback_device` and `feedback_dtype`."""
         if self.feedback_device is None and self.feedback_dtype is None:
             super()._apply(fn, recurse)
         else:
@@ -627,7 +630,7 @@ def evaluation(model: nn.Module, dfa: DFA, method: str) -> Iterator[None]:
 
 
 class _Activation(torch.autograd.Function):
-    """Identity that keeps an activation's value from later changes in place."""
+    """Identity; a copy if the rule needs the value, which may change in place later."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, needs_value: bool) -> Tensor:
@@ -683,7 +686,7 @@ class _Feedback(torch.autograd.Function):
 
 
 def _product(rows: Tensor, matrix: Tensor) -> Tensor:
-    """Computes rows @ matrix on the matrix's device, in the wider type of both, or float32."""
+    """Computes rows @ matrix on the matrix's device, in the wider type, at least float32."""
     dtype = torch.promote_types(torch.promote_types(rows.dtype, matrix.dtype), torch.float32)
     rows = rows.to(matrix.device, dtype)
     kind = matrix.device.type

@@ -105,9 +105,9 @@ def test_an_output_without_features_is_one_number_per_sample(batch_dims, shape, 
 
 
 def test_bad_networks_are_refused():
-    with pytest.raises(TypeError, match="takes the network of its DFALayers, not a list"):
+    with pytest.raises(TypeError, match="takes the network with the DFALayers, not a list"):
         DFA([DFALayer()])
-    with pytest.raises(ValueError, match="no DFALayer as a submodule: make the DFA after them"):
+    with pytest.raises(ValueError, match="no DFALayer as a submodule: make the DFALayers before"):
         DFA(nn.Linear(2, 3))
 
 

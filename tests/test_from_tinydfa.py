@@ -110,5 +110,5 @@ def test_a_point_attribute_of_tinydfa_is_refused(name, value, remedy):
 
 
 def test_a_list_of_points_instead_of_the_network_is_refused():
-    with pytest.raises(TypeError, match="DFA takes the network of its DFALayers, not a list"):
+    with pytest.raises(TypeError, match="DFA takes the network with the DFALayers, not a list"):
         DFA([DFALayer()])

@@ -111,7 +111,7 @@ def recurse(model, x, inner=False):
 def test_a_network_may_call_itself_without_gradients_or_in_one_pass():
     assert_usable(net(teach))
     model = net(recurse)
-    with pytest.raises(RuntimeError, match="a network that calls itself does so in .*one_pass"):
+    with pytest.raises(RuntimeError, match="the network calls itself: call it in .*one_pass"):
         model(A)
     with model.dfa.one_pass():
         output = model(A)
