@@ -5,7 +5,7 @@ feedback.py       DFALayer, DFA: one backward pass trains every layer from the o
 passes.py         Pass: the activations of one call of a network, and checks of the order of calls
 hooks.py          Hook: a feedback point or the DFA after a module, by a forward hook
 conversion.py     dfa_from_bp: turns an ordinary network into a DFA network
-alignment.py      measure_alignment: the angle between DFA's signals and true gradients
+alignment.py      measure_alignment: the cosine between DFA's signals and BP gradients
 prealignment.py   prealign: sets weights whose BP gradients start aligned with the feedback
 bottleneck.py     BottleneckLinear: a Linear layer that masks its gradients
 

@@ -27,10 +27,10 @@ def measure_alignment(
         >>> cosines["2"].mean().item()  # the output layer gets the BP gradient itself
         1.0
 
-    A cosine of 1 is the direction of the BP gradient, 0 a right angle. Signal and gradient are
-    those of one forward pass, in eval mode; no gradient of a parameter is computed. Afterwards the
-    model's mode, its gradients and the random state are unchanged, except that the feedback matrix
-    is drawn if it is empty. Modes are restored by `train(mode)`.
+    A cosine of 1 is the direction of the BP gradient, 0 a right angle. Signal and gradient come
+    from one forward pass, in eval mode; no gradient of a parameter is computed. Afterwards the
+    model's mode, its gradients and the random state are unchanged, except that an empty feedback
+    matrix is drawn. Modes are restored by `train(mode)`.
 
     Args:
         model: a network with one `DFA` at its output, called once per pass; not the result of
@@ -39,14 +39,14 @@ def measure_alignment(
         y: its targets, an argument of the loss.
         loss: `loss(model(x), y)`, a scalar in which no sample's term depends on another sample.
 
-    Returns: `{module name: cosines}`, in network order, each `(N,)`, float64, on the device of the
-    module's output; 0 if signal or gradient is zero. N is the first dimension of the `DFA`'s
+    Returns: `{module name: cosines}`, in the order of calls, each `(N,)`, float64, on the device of
+    the module's output; 0 if signal or gradient is zero. N is the first dimension of the `DFA`'s
     output: the number of samples, or of nodes of a graph. Feedback points, modules without a
-    gradient, and modules whose output is no tensor of shape `(N, ...)` are left out. All outputs
-    of a repeatedly called module together give one cosine.
+    gradient, and modules whose output is no tensor of shape `(N, ...)` are omitted. All outputs
+    of a repeatedly called module together give one cosine per sample.
 
     Raises:
-        ValueError: the model has no `DFA` or several, or calls it more than once.
+        ValueError: the model has no `DFA` or several, or does not call it exactly once.
         RuntimeError: the loss is no scalar, or does not depend on the output; no parameter requires
             a gradient; or the model is compiled.
     """
@@ -131,7 +131,7 @@ def probe(model: nn.Module, x: Any, y: Any, loss: Callable) -> tuple[int, dict[s
             calls.setdefault(name, []).append(call)
     if not calls:
         raise RuntimeError(
-            "no gradient reaches the output of any module: of a compiled model, give the original"
+            "no gradient reaches the output of any module: give the model before torch.compile"
         )
     return len(output), calls
 
@@ -203,7 +203,7 @@ def _is_leaf(name: str, module: nn.Module) -> bool:
 
 @contextmanager
 def _forked_random_state(model: nn.Module) -> Iterator[None]:
-    """Restores the default generators, and the generators kept by modules of the model."""
+    """Restores, after the block, the default generators and the generators of the modules."""
     tensors = chain(model.parameters(), model.buffers())
     devices = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
     held = chain.from_iterable(vars(module).values() for module in model.modules())

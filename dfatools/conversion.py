@@ -49,29 +49,29 @@ def dfa_from_bp(
     Any other network gets a feedback point after each submodule named in `points`, by a forward
     hook. Its code, its names and the keys of its `state_dict` stay the same; the submodule `dfa`
     and the key `dfa.feedback_matrix` are new. The `DFA` is applied to the model's output. Of a
-    tuple, a mapping or a dataclass, a point and the `DFA` use the first floating-point tensor; the
-    other tensors are not detached. The first pass must call all named submodules, or it is refused
-    (a compiled first pass is not checked).
+    tuple, a list, a mapping or a dataclass, a point and the `DFA` use the first floating-point
+    tensor; the other tensors are not detached. A first pass that does not call all named submodules
+    raises RuntimeError (a compiled first pass is not checked).
 
     Args:
         model: the network; the result has the same input and output.
         points: names of submodules, as in `model.named_modules()`, or `{name: DFALayer(...)}` with
             the options of each point. Optional for a Sequential.
-        example: a batch for `model`. One pass of it in eval mode draws the feedback matrix at once,
-            not in the first pass that needs it.
+        example: a batch, the model's one argument. One pass of it, in eval mode, draws the feedback
+            matrix at once; by default, the first training pass draws it.
         output: name of the submodule that computes the logits, if the model itself returns a loss
             or probabilities; the `DFA` is applied to its output.
         rule: the class of the `DFA`.
         dfa_options: the keyword arguments of `rule`.
 
     Raises:
-        TypeError: `points` is not a list of names; or it is missing, and the model is no
+        TypeError: `points` or `output` has a wrong type; `points` is missing, and the model is no
             Sequential; or the model is a Sequential with its own `forward`, or with `output`.
-        ValueError: a named submodule does not exist (the message lists the existing ones), or is
-            named twice; the model has feedback points already, or an attribute with the name of an
-            added module; it ends in a softmax or sigmoid, so that the error at its output is not
-            the error at the logits; without `points`, it has fewer than two modules with weights;
-            or `rule` refuses an option.
+        ValueError: `points` is empty; a named submodule does not exist (the message lists the
+            existing ones), or has two names in `points`; the model has feedback points already, or
+            an attribute with the name of an added module; as a Sequential, it ends in a softmax or
+            sigmoid, so that the error at its output is not the error at the logits; without
+            `points`, it has fewer than two modules with weights; or `rule` refuses an option.
     """
     plain = _is_plain(model)
     if points is None and not plain:
@@ -137,7 +137,7 @@ def _submodule(model: nn.Module, name: str) -> nn.Module:
 
 
 def _refuse_probabilities(model: nn.Module) -> None:
-    """Raises ValueError if the last modules of a network include a softmax or sigmoid."""
+    """Raises ValueError if a softmax or sigmoid follows the last weights of a Sequential."""
     modules = _flat(model)
     weighted = [i for i, module in enumerate(modules) if has_weights(module)]
     for module in modules[weighted[-1] if weighted else 0 :]:
@@ -149,14 +149,14 @@ def _refuse_probabilities(model: nn.Module) -> None:
 
 
 def _with_points(model: nn.Sequential) -> nn.Sequential:
-    """Rebuilds a Sequential with a feedback point before each module with weights."""
+    """Rebuilds a Sequential with a feedback point before each module with weights but the first."""
     if sum(map(has_weights, _flat(model))) < 2:
         raise ValueError("this model has fewer than two modules with weights: DFA needs two")
     return _rebuilt(model, first=True)
 
 
 def _rebuilt(model: nn.Sequential, first: bool) -> nn.Sequential:
-    """Returns a copy with feedback points; `first`: no module before `model` has weights."""
+    """Returns a copy with feedback points; `first` is True if no weights precede `model`."""
     result = copy.copy(model)  # keeps its class, hooks and buffers
     result._modules = {}
     for name, module in model._modules.items():  # named_children omits repeated modules
@@ -173,7 +173,7 @@ def _rebuilt(model: nn.Sequential, first: bool) -> nn.Sequential:
 
 
 def _flat(model: nn.Module) -> list[nn.Module]:
-    """Returns the modules in the order of a Sequential's run, nested Sequentials unpacked."""
+    """Returns the modules in the order of their calls, with nested Sequentials unpacked."""
     if not _is_plain(model):
         return [model]
     return [module for child in model._modules.values() for module in _flat(child)]

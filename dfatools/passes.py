@@ -24,12 +24,12 @@ class Pass:
         self.thread = None if torch.compiler.is_compiling() else threading.current_thread()
 
     def is_here(self) -> bool:
-        """Returns whether the pass began in this thread."""
+        """Returns whether the pass began in this thread; True under `torch.compile`."""
         known = self.thread is not None and not torch.compiler.is_compiling()
         return not known or self.thread is threading.current_thread()
 
     def is_elsewhere(self) -> bool:
-        """Returns whether the pass is still open in another thread."""
+        """Returns whether the pass began in another thread, which is still alive."""
         return not self.is_here() and self.thread is not None and self.thread.is_alive()
 
     def take(self, recurrent: list[bool]) -> tuple[list[int], list[Tensor]]:
@@ -40,7 +40,7 @@ class Pass:
 
         Returns: the point of each activation, and the activations.
 
-        Raises RuntimeError if the output may not depend on all of them, or if there is none.
+        Raises RuntimeError if the output may not depend on all of them, or if none was kept.
         """
         waiting, self.waiting = self.waiting, [[] for _ in recurrent]
         first, self.counts = self.counts, [len(activations) for activations in waiting]
@@ -62,7 +62,7 @@ class Pass:
         return points, [activation for activations in waiting for activation in activations]
 
     def refuse_unfed(self) -> None:
-        """Raises RuntimeError, at the end, for points called without a later call of the DFA."""
+        """Raises RuntimeError if the pass ends and a called point got no feedback."""
         counts = self.counts or [0] * len(self.waiting)
         for point, (activations, count) in enumerate(zip(self.waiting, counts)):
             if not count and any(activation.requires_grad for activation in activations):
@@ -77,7 +77,7 @@ def refuse_untrained(network: nn.Module, *ends: Tensor) -> None:
     """Raises RuntimeError if the graph does not reach all parameters of the network.
 
     With reentrant checkpointing this would happen silently: it runs a block under no_grad, and the
-    block's output requires a gradient only if its input does. After a feedback point it does not.
+    block's output requires a gradient only if its input does. The output of a point does not.
 
     Args:
         network: the network.

@@ -24,7 +24,7 @@ def prealign(model: nn.Module, x: Any, y: Any, loss: Callable[[Any, Any], Tensor
     Works in place, from the last layer to the second. With DFA's signal S at a layer's input,
     (N, in), and the BP gradient G at its output, (N, out), on the given batch, it sets
     W^T = S^T pinv(G^T), divided by its Frobenius norm. Then G W, the BP gradient at the layer's
-    input, is the least-squares approximation to the direction of S. Each layer is set before the
+    input, is, up to its scale, the least-squares approximation to S. Each layer is set before the
     next one is measured. Without a feedback point directly before the layer, S is the signal that
     reaches its input in the DFA network. Tokens count as samples.
 
@@ -35,9 +35,9 @@ def prealign(model: nn.Module, x: Any, y: Any, loss: Callable[[Any, Any], Tensor
         model, x, y, loss: as for `measure_alignment`.
 
     Raises:
-        ValueError: the model has no `DFA` or several, uses a Linear more than once per pass, or
-            computes its weight (`torch.nn.utils.parametrize`).
-        RuntimeError: as for `measure_alignment`.
+        ValueError, RuntimeError: as for `measure_alignment`.
+        ValueError: the model calls a Linear more than once per pass, or computes its weight
+            (`torch.nn.utils.parametrize`).
     """
     _, probes = probe(model, x, y, loss)
     layers = [(name, model.get_submodule(name)) for name in probes]

@@ -211,7 +211,7 @@ def compiled():
     (lambda: nn.Sequential(fc(), DFA(DFALayer())), F.cross_entropy, ValueError, "it holds 2"),
     (called_twice, F.cross_entropy, ValueError, "must call its DFA once, not 2 times"),
     (fc, constant, RuntimeError, "the loss does not depend on the output of the DFA"),
-    (compiled, F.cross_entropy, RuntimeError, "of a compiled model, give the original"),
+    (compiled, F.cross_entropy, RuntimeError, "give the model before torch.compile"),
 ])  # fmt: skip
 def test_refusals(build, loss, error, message):
     with pytest.raises(error, match=message):
