@@ -79,7 +79,8 @@ class DFALayer(nn.Module):
 
     Shapes: any `(*batch, *features)`, unchanged; `DFA(batch_dims=...)` is the length of `batch`.
 
-    Raises ValueError if `shared_dims` is no sequence of different positive integers.
+    Raises ValueError if `shared_dims` is no sequence of different positive integers. A call raises
+    TypeError for an input that is no tensor, RuntimeError if the point belongs to no `DFA`.
     """
 
     _dfa: "DFA | None"
@@ -101,10 +102,7 @@ class DFALayer(nn.Module):
         self._index = 0
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Returns `hidden`, detached except under `"bp"` or `no_grad`.
-
-        Raises TypeError if `hidden` is no tensor, RuntimeError if the point belongs to no `DFA`.
-        """
+        """Returns `hidden`, detached except under `training_method="bp"` or `no_grad`."""
         if not isinstance(hidden, Tensor):
             raise TypeError(f"a feedback point takes one tensor, not a {type(hidden).__name__}")
         if self._dfa is None:
@@ -430,9 +428,8 @@ class DFA(nn.Module):
     def feedback(self, i: int) -> Tensor:
         """Returns B_i, (output size, d_i), normalised if `normalization` is set.
 
-        With `shared_dims`, each of R positions gets e B_i / sqrt(R).
-
-        Raises RuntimeError before the point's first pass under `"dfa"`, IndexError for a wrong i.
+        With `shared_dims`, each of R positions gets e B_i / sqrt(R). Raises RuntimeError before the
+        point's first pass under `training_method="dfa"`, IndexError for a wrong i.
         """
         i = range(len(self.layers))[i]
         if i not in self._sizes:
