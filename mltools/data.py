@@ -13,7 +13,7 @@ dashes (`cifar10.npz`), with the arrays `x_train`, `y_train`, `x_test`, `y_test`
 [N, H, W, C], or [N, H, W] for grey; labels have any integer type, [N] or [N, 1]. If the file is
 missing, torchvision fetches and verifies the original, and the file is written for later runs.
 
-`Digits` comes with the code (`digits.npz` beside this file) and needs neither network nor
+`Digits` comes with the code (`digits.npz` in this folder) and needs neither network nor
 `data_dir`. It is the "Optical Recognition of Handwritten Digits" data set of E. Alpaydin and
 C. Kaynak (UCI Machine Learning Repository, CC BY 4.0), in the version that scikit-learn ships:
 1,797 images of 8x8 pixels. Changed here: grey levels 0..16 are scaled to 0..255, and a seeded
@@ -82,7 +82,7 @@ class Split:
     """The training or the test split of a data set."""
 
     dataset: Any
-    """Yields (image, label), the image uint8 [C, H, W]. Only a `TensorDataset` can be resident."""
+    """Yields (image, label), the image uint8 [C, H, W]. `resident` needs a `TensorDataset`."""
     mean: tuple[float, ...]
     """Per-channel mean of pixels scaled to 0..1; `std` is the standard deviation."""
     std: tuple[float, ...]
@@ -150,8 +150,8 @@ class TrainingLoader:
     global random state is not used. Raises UserError if `batch_size` is not in 1..len(split).
 
     Attributes:
-        resident: whether the split is kept on the device.
-        position: number of batches already returned in this epoch.
+        resident: True if the split is kept on the device.
+        position: index of the next batch in the epoch.
     """
 
     def __init__(self, split: Split, batch_size: int, device: torch.device | str, seed: int = 0):
@@ -195,11 +195,11 @@ class TrainingLoader:
     def take_order(self, count: int) -> Tensor:
         """Returns the sample indices of the next `count` batches, int64 [count * batch_size].
 
-        A caller with a CUDA graph of `at` copies them into the graph's index tensor; this requires
-        a resident split. Raises ValueError if fewer batches are left.
+        They count as returned. A caller with a CUDA graph of `at`, which requires a resident split,
+        copies them into the graph's index tensor. Raises ValueError if fewer batches are left.
         """
         if count > self.left:
-            raise ValueError(f"{count} batches asked for, {self.left} left in the epoch")
+            raise ValueError(f"{count} batches asked for, {self.left} left: begin an epoch")
         start, self.position = self.position, self.position + count
         return self._order[start * self.batch_size : self.position * self.batch_size]
 
@@ -317,7 +317,7 @@ def _stream(
 def _read(path: Path, info: Info) -> dict[str, np.ndarray]:
     """Loads the four arrays of an npz file; the labels become uint8 [N].
 
-    Raises UserError if the arrays do not have the channels and classes of `info`.
+    Raises UserError if the file is damaged, or its arrays do not fit the data set's `info`.
     """
     remedy = f"it must contain {_form(info)}; correct it, or move it away to have it restored"
     with user_errors(path, remedy), np.load(path, allow_pickle=False) as archive:
@@ -358,7 +358,7 @@ def _make(name: str, path: Path) -> None:
 
 
 def _fetch(name: str, path: Path) -> dict[str, np.ndarray]:
-    """Returns the arrays of a data set, from torchvision or from the image folder beside `path`."""
+    """Returns the arrays of a data set, from torchvision or an image folder next to `path`."""
     info = DATASETS[name]
     if info.source == "folder":
         return _arrays(_image_folders(name, path.with_suffix("")))

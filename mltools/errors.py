@@ -38,7 +38,7 @@ def show(text: str, error: bool = False) -> bool:
     """Prints a line to stdout, or to stderr for an error; returns False if printing fails.
 
     A script's results are on disk, so it continues if the stream is closed, if the reader of its
-    pipe has ended, or if the disk behind `>` is full. Later lines to the stream are dropped.
+    pipe has ended, or if the disk of its file is full. Later lines to the stream are dropped.
     Characters that the stream cannot encode become question marks.
     """
     stream = sys.stderr if error else sys.stdout
@@ -59,8 +59,8 @@ def show(text: str, error: bool = False) -> bool:
 def exit_code(main: Callable[[], None]) -> int:
     """Runs a script's `main`, and reports an error in it as one line on stderr.
 
-    Returns: 0 for success; 2 for an error that the user can correct; 1 for a failure of the system,
-    such as a full disk; 130 for an interruption.
+    Returns: 0 for success; 2 for a UserError; 1 for an OSError, such as a full disk; 130 for an
+    interruption. Other exceptions, which are bugs, are raised.
     """
     try:
         main()

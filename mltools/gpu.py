@@ -45,8 +45,8 @@ class SharedLock:
 
 
 process_state = SharedLock()
-"""To be held alone while the default generators change or a CUDA graph is recorded (one at a time
-in a process), and together with other threads while the default generators must not change."""
+"""A thread holds it alone while it changes the default generators or records a CUDA graph (one at a
+time in a process), and together with others while the default generators must not change."""
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Layers of `torch.nn`, adapted to train many networks at once, fast and reproducibly.
 
 Linear, Conv2d            can do their SGD step in the backward pass
-Tanh, MaxPool2d           can swap their order in train mode, where pooling follows Tanh
+Tanh, MaxPool2d           can swap their order in train mode, if pooling follows Tanh
 Dropout, ChannelDropout   can draw from a generator of their own
 """
 
@@ -30,7 +30,7 @@ class Linear(nn.Linear):
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Computes `F.linear` with an expanded bias, which takes about half the time on an H100."""
+    """Computes `F.linear`, in about half of its time on an H100, with an expanded bias."""
     if bias is None or input.dim() != 2:
         return F.linear(input, weight, bias)
     return torch.addmm(bias.expand(len(input), -1), input, weight.t())
@@ -58,7 +58,7 @@ class _LinearStep(torch.autograd.Function):
 
 
 class Conv2d(nn.Conv2d):
-    """An `nn.Conv2d` that can do its SGD step like `Linear`, for zero padding of given width.
+    """An `nn.Conv2d` that can do its SGD step like `Linear`, for zero padding given in pixels.
 
     Shapes: (N, in_channels, H, W) to (N, out_channels, H', W').
     """
@@ -129,7 +129,7 @@ class MaxPool2d(nn.MaxPool2d):
     """An `nn.MaxPool2d` without padding, faster in train mode.
 
     Where more than two windows overlap, CUDA adds their gradients in no fixed order. Under
-    `torch.use_deterministic_algorithms`, the backward pass is therefore that of `nn.MaxPool2d`.
+    `torch.use_deterministic_algorithms`, it therefore uses the backward pass of `nn.MaxPool2d`.
 
     Args:
         kernel_size, stride: size and distance of the windows, in pixels.

@@ -87,9 +87,10 @@ class Skipped(NamedTuple):
 
 
 def parse_log(data: bytes) -> tuple[list[RunResult], list[Skipped]]:
-    """Parses a log of ours or of the 2019 release; a damaged line costs at most its epoch.
+    """Parses a log of ours or of the 2019 release, without its damaged lines.
 
-    Returns: the runs with at least one epoch, and the skipped lines and gaps. The path of a run is
+    Returns: the runs with at least one epoch, and the skipped lines and gaps. A damaged line costs
+    its epoch or its run's settings; without settings, a run of the release is lost. A run's path is
     `<experiment>/seed-<n>`, with `-attempt-2`, `-attempt-3`, ... for further runs of that seed.
     """
     # Colour codes are removed; corrupt bytes become a character that no pattern matches.
@@ -130,7 +131,7 @@ def retrieve_log(path: Path) -> list[RunResult]:
 
 
 def restore_run(run: RunResult, output: Path) -> bool:
-    """Writes a retrieved run to its folder below `output`; returns False if it has metrics already.
+    """Writes a retrieved run to its folder below `output`; returns False if metrics exist there.
 
     Raises UserError if the folder contains a run with other settings, or cannot be read.
     """
@@ -288,8 +289,8 @@ def _cosine(mean: str, std: str) -> dict:
 def _rename_layers(epochs: list[Metrics]) -> None:
     """Replaces the release's layer names, such as `0_Linear`, by ours.
 
-    In its CNN logs without dropout, each line has the name of the next layer; the first layer, a
-    convolution, has no name. If a layer before the last is lost in all epochs, the numbers in our
+    In its CNN logs without dropout, each line has the name of the next layer; the first name, of a
+    convolution, is missing. If a layer before the last is lost in all epochs, the numbers in our
     names are unknown, so layers are named by position.
     """
     layers = [layer.split("_", 1) for metrics in epochs for layer in metrics["alignment"]]

@@ -42,7 +42,7 @@ class Network:
         mask_rows: int = 128,
         **dfa_options,
     ) -> nn.Sequential:
-        """Builds the network on the CPU; the default generator draws weights and feedback matrix.
+        """Builds the network on the CPU, with all random values from the default generator.
 
         Its modules are named `lin1`, `conv1`, `act1`, `bn1`, `drop1`, `maxp1`, `flat`, `point1`
         (the feedback point after block 1), ..., and `dfa`.
@@ -55,7 +55,7 @@ class Network:
             mask_rows: the largest batch size, for the bottleneck's fixed masks under `"release"`.
             dfa_options: keyword arguments of `dfatools.DFA`.
 
-        Raises UserError if the images are too small for the CNN's three poolings.
+        Raises UserError if the CNN's images are too small, ValueError for an unknown protocol.
         """
         if protocol not in PROTOCOLS:
             raise ValueError(f"protocol must be one of {PROTOCOLS}, not {protocol!r}")

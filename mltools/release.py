@@ -1,7 +1,7 @@
 """The 2019 release's departures from DFA and from its exact alignment, for `--protocol release`.
 
 The published numbers depend on these departures; `--protocol corrected` has none of them. The
-numbers below are from CIFAR-10, 50 epochs if not stated, seed 0; `docs/results.md` has more.
+numbers below are from CIFAR-10, seed 0, 50 epochs or as stated; `docs/results.md` has more.
 """
 
 import copy
@@ -20,7 +20,7 @@ def missing_point(architecture: str, bottleneck: bool, blocks: int) -> int | Non
     """Returns the number of the feedback point missing from the release's network, or None.
 
     In its CNN, two points had the same name, and the point before the last Linear was lost. So BP
-    trains the layer before it, whose exact cosine is 1. The release recognised Linear layers by
+    trains the hidden Linear, whose exact cosine is 1. The release recognised Linear layers by
     their exact type, so it put no point before the bottleneck layer. As a result, std-118 has
     42.2 % train and 42.1 % test accuracy after 10 epochs (corrected: 46.7 and 44.6).
     """

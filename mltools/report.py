@@ -1,7 +1,7 @@
 """A script's results as one HTML page: tables, figures, settings, versions, every run.
 
-The template is mltools/report.html. The page is a single file that contains the figures, and its
-only links lead to the folders of runs below its own folder.
+The template is mltools/report.html. The page is a single file that contains the figures. Its only
+links lead to folders and logs of runs below its own folder.
 """
 
 import base64

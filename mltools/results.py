@@ -3,7 +3,7 @@
     config.json    every setting, the library versions, the device, the git commit
     metrics.jsonl  one line per epoch
     angles.npz     per-sample cosines: one float32 array (epochs, samples) per layer
-    log.txt        the metrics as lines of text
+    log.txt        the settings and metrics as lines of text
     checkpoint.pt  until the run is finished: its state, with the metrics and cosines so far
     state.pt       once the run is finished: the weights and the feedback matrix
 
@@ -89,7 +89,7 @@ class RunFolder:
     def lock(self) -> FileLock:
         """Returns the run's lock, for a `with` statement; a killed process releases it too.
 
-        Entering the lock raises filelock.Timeout at once if another thread or process holds it.
+        `with` raises filelock.Timeout at once if another thread or process has the lock.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         return FileLock(self.path.with_name(f".{self.path.name}.lock"), timeout=0)
@@ -174,7 +174,7 @@ class RunFolder:
         self.write("angles.npz", lambda file: np.savez(file, allow_pickle=False, **angles))
 
     def log(self, *lines: str) -> None:
-        """Appends lines to `log.txt`, each after the current time."""
+        """Appends lines to `log.txt`, each preceded by the current time."""
         with open(self.path / "log.txt", "a", encoding="utf-8") as file:
             file.writelines(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}\n" for line in lines)
             file.flush()

@@ -154,7 +154,7 @@ def run_sweep(
 
     Raises:
         UserError: before any training, if the data does not fit the networks or the batch size, or
-            if a run's folder cannot be resumed and `force` is not set.
+            a run's folder cannot be resumed and `force` is not set; later, as `train_run` does.
         KeyboardInterrupt: a signal stopped the sweep, and all threads have ended.
     """
     _set_arithmetic(options)

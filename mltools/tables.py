@@ -47,11 +47,11 @@ class Row:
     """Maps a layer to the mean and standard deviation of its cosine, over the samples of the run
     with the highest final train accuracy."""
     angles_from: str = ""
-    """The name of this run, or the source of reference numbers."""
+    """The name of the run measured in `alignment`, or the source of reference numbers."""
     seeds: int = 0
     """The number of runs that count."""
     note: str = ""
-    """The other runs, such as "1 diverged, 2 not finished"."""
+    """The number of other runs, such as "1 diverged, 2 not finished"."""
     settings: dict = field(default_factory=dict)
     """The settings that the runs share, without the seed; empty for reference numbers."""
     curves: Curves = field(default_factory=dict)
@@ -164,7 +164,7 @@ def reference_row(row: Row, path: Path, source: str) -> list[Row]:
     """Returns the reference row of an experiment in a list, which is empty if there is none.
 
     Args:
-        row: our row; the reference must have its experiment, its settings and its last epoch.
+        row: our row; the reference must have its name and its last epoch, and equal settings.
         path: a JSON file that maps an experiment's name to its settings, its epochs, and for each
             epoch the accuracies and the cosines of `layers`.
         source: the origin of the reference numbers, for the row's name.

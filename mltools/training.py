@@ -64,7 +64,7 @@ class Experiment:
     training_method: str = "dfa"
     """`"dfa"`, `"bp"` or `"shallow"`."""
     prealigned: bool = False
-    """Sets the initial weights by `dfatools.prealign` on the first batch."""
+    """Sets the initial weights by `dfatools.prealign` on one training batch."""
     normalization: bool = True
     """Normalises the feedback matrices, see `dfatools.DFA`."""
     reduction: str = "mean"
@@ -123,7 +123,7 @@ class Trainer:
             trainer.step()
         loss, accuracy = trainer.training_totals()
 
-    No part of a step waits for the device.
+    No step waits for its own results on the device.
 
     Raises:
         UserError: the batch size gives no full batch, or the images are too small for the network.
@@ -271,7 +271,7 @@ def train_run(
     """Trains a run to its end, from the checkpoint in its folder if there is one.
 
     Args:
-        folder: the run's folder, locked by the caller.
+        folder: the run's folder, locked by the caller; a finished run would lose its results.
         report: called with each log line about the whole run, except its settings.
         epoch_ended: called with the metrics of each epoch, after they are saved.
         stopped: called before each step; True ends the training, with a checkpoint.
@@ -370,7 +370,7 @@ def _load_checkpoint(
             )
         if checkpoint["device"] != trainer.device.type:
             raise UserError(
-                f"{path} was written on {checkpoint['device']}: resume there, with --device"
+                f"{path} was saved on {checkpoint['device']}: resume there, with --device"
             )
         for metrics in checkpoint["epochs"]:
             check_metrics(metrics)

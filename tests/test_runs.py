@@ -320,7 +320,7 @@ def test_the_seconds_of_an_epoch_include_the_time_before_its_interruption(tmp_pa
     ({"epochs": [{"epoch": 250}]}, "cannot be read"),
     ({"angles": Path("code")}, "it holds more than tensors and plain values"),
     ({"settings": tiny.describe(DFA_RUN, seed=5).settings}, "belongs to another run"),
-    ({"device": "cuda"}, "was written on cuda: resume there"),
+    ({"device": "cuda"}, "was saved on cuda: resume there"),
 ])  # fmt: skip
 def test_an_unusable_checkpoint_is_reported_in_one_line_and_kept(tmp_path, change, message):
     path = interrupted(tmp_path) / "checkpoint.pt"
