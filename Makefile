@@ -2,7 +2,7 @@
 # make test    all tests
 # make soak    long tests of kills, full disks and damaged files: DFA_SOAK x 25 kills and more
 # make lint    style and type checks
-# Each target first creates the virtual environment .venv.
+# Each target first creates the virtual environment .venv, if it is missing.
 
 PYTHON = python3
 VENV = .venv

@@ -43,7 +43,7 @@ OPTIONS = Options(
 )
 RELEASE = Path(__file__).resolve().parent / "reference" / "release.json"
 # As in 2019, hidden layers get the error summed over the batch, and the output layer gets the mean
-# loss's gradient; lr 5e-4 suits this. The library's default, the plain gradient, hides no factor.
+# loss's gradient; lr 5e-4 suits this. The library's default is "mean", the plain gradient.
 dfa = partial(Experiment, reduction="sum", learning_rate=5e-4)
 bp = partial(Experiment, training_method="bp")
 

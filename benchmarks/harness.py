@@ -52,7 +52,7 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def launched(work: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """Returns `work`, on CUDA as a graph, since small networks would wait for single launches."""
+    """Returns `work`, on CUDA as a graph: else, small networks would wait for kernel launches."""
     if device.type != "cuda":
         return work
     torch.cuda.synchronize(device)  # the tensors of `work` come from another stream

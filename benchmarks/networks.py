@@ -5,8 +5,8 @@
     bp, (x, y) = entry.build(), entry.batch()
     entry.loss(entry.to_dfa(bp)(x), y).backward()
 
-Each network is written for backpropagation. `Entry.to_dfa` places feedback points behind its hidden
-blocks; the last point is in front of the output layer. All data are random.
+Each network is written for backpropagation. `Entry.to_dfa` places feedback points after its hidden
+blocks; the output layer follows the last point. All data are random.
 """
 
 import sys
@@ -77,7 +77,7 @@ class ResidualBlock(nn.Module):
 
 
 def resnet() -> nn.Sequential:
-    """Builds a ResNet-18 for images of 32 x 32, with a quarter of its channels."""
+    """Builds a ResNet-18 for images of 32 x 32, with a quarter of the channels."""
     channels = [16, 16, 16, 32, 32, 64, 64, 128, 128]
     blocks = [ResidualBlock(a, b, 1 if a == b else 2) for a, b in zip(channels, channels[1:])]
     model = nn.Sequential()
@@ -122,7 +122,7 @@ def summed(messages: Tensor, target: Tensor, nodes: int) -> Tensor:
 
 
 class GraphConvolution(nn.Linear):
-    """Graph convolution: sums neighbours' features, divided by the root of both nodes' degrees."""
+    """Graph convolution: sums neighbours' features, each over the root of both nodes' degrees."""
 
     def forward(self, x: Tensor, source: Tensor, target: Tensor) -> Tensor:  # type: ignore[override]
         scale = summed(x.new_ones(len(target), 1), target, len(x)).rsqrt()
@@ -208,7 +208,7 @@ NETWORKS = {
         lambda: (torch.randn(64, 3, 32, 32), torch.randint(10, (64,))),
         points=("stem", *(f"blocks.{i}" for i in range(7)), "pool"),
     ),
-    # The last point is behind the final norm, not behind the last block.
+    # The last point follows the final norm, not the last block.
     "language": Entry(
         lambda: Transformer(causal=True, outputs=1000),
         lambda: (torch.randint(1000, (8, 64)), torch.randint(1000, (8, 64))),

@@ -5,8 +5,8 @@
     python benchmarks/paper.py --precision tf32 --parallel-runs 4
 
 It trains the experiments of best_practices.py (DFA and backpropagation separately) and of
-bottleneck.py twice on random images: for one epoch, and for `--epochs` more. The difference is the
-time of the further epochs; the remaining time is the set-up. Before them, a single run includes the
+bottleneck.py twice on random images: for one epoch, and for 1 + `--epochs`. The difference is the
+time of the further epochs; the remaining time is the set-up. An earlier, single run includes the
 set-up of the process, and is counted once.
 
 The estimate is for 50 epochs of all runs: 10 seeds of each experiment in best_practices.py, and 14

@@ -46,9 +46,8 @@ bp = nn.Sequential(
     nn.Linear(800, 800), nn.Tanh(),
     nn.Linear(800, data.classes),
 )  # fmt: skip
-# A feedback point after each Tanh. As in 2019, hidden layers get the error summed over the batch,
-# 128 times that of the mean loss, while the output layer gets the gradient of the mean loss. The
-# learning rate belongs to this scale.
+# A feedback point after each Tanh. As in 2019, hidden layers get the error summed over the batch of
+# 128, and the output layer gets the gradient of the mean loss. The learning rate suits this scale.
 model = dfa_from_bp(bp, reduction="sum").to(device)
 optimizer = torch.optim.SGD(model.parameters(), lr=5e-4)
 tanhs = [name for name, module in model.named_modules() if isinstance(module, nn.Tanh)]

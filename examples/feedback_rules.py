@@ -53,7 +53,7 @@ class TargetProjection(DFA):
     """Sends the target instead of the error: direct random target projection (Frenkel et al. 2021).
 
     Under a cross-entropy of logits, only the label's entry of e is negative, so e tells the target.
-    The signal has the scale of a plain mean over the rows of e: a factor in the loss is ignored.
+    The signal has the scale of a mean (or sum) over the rows of e: a loss's factor is ignored.
     """
 
     def signals(self, error, activations, matrix):

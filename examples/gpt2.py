@@ -12,9 +12,9 @@ Results after 300 steps, seed 0, one run each, a minute on 2 CPU cores with PyTo
 
 The cross-entropy is the mean training loss of the last 50 steps. One line converts GPT-2 to a DFA
 network, but DFA does not beat training the output layer alone. As in the pre-activation ResNet that
-performs badly in docs/own-network.md, each block has a norm right behind the feedback point.
+performs badly in docs/own-network.md, each block has a norm right after the feedback point.
 
-Feedback points are behind the embeddings, the first two blocks, and the last norm. Each token has
+Feedback points follow the embeddings, the first two blocks, and the last norm. Each token has
 its own error, so there are two batch dimensions, (batch, token).
 """
 

@@ -9,8 +9,8 @@ methods, about 40 seconds on 2 CPU cores:
     test accuracy    backpropagation 96.6 %, DFA 98.7 %, output layer only 91.6 %
     mean cosine      maxpool to layer2 0.02 to 0.03, layer3 0.11, layer4.0 0.29, avgpool 0.31
 
-Nine feedback points are behind the stem, the first seven blocks, and the final pooling. Behind
-convolutions, all pixels of a channel get the same signal. So images may have any size, and the
+Nine feedback points follow the stem, the first seven blocks, and the final pooling. After the stem
+and the blocks, all pixels of a channel get the same signal. So images may have any size, and the
 feedback matrix stays small: (10, 512).
 """
 
