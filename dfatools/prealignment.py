@@ -46,11 +46,11 @@ def prealign(model: nn.Module, x: Any, y: Any, loss: Callable[[Any, Any], Tensor
     for name, layer in linears:
         if parametrize.is_parametrized(layer, "weight"):
             raise ValueError(f"prealign cannot set the weight of {name}: make it a plain parameter")
+        if (calls := len(probes[name])) > 1:
+            raise ValueError(f"prealign needs one call of {name} in a pass, not {calls}")
     for name, layer in reversed(linears):
-        calls = probe(model, x, y, loss)[1][name]
-        if len(calls) > 1:
-            raise ValueError(f"prealign needs one call of {name} in a pass, not {len(calls)}")
-        signal, gradient = calls[0].dfa_input, calls[0].bp
+        (call,) = probe(model, x, y, loss)[1][name]
+        signal, gradient = call.dfa_input, call.bp
         if signal is None:  # no trained parameter comes before the layer
             continue
         dtype = torch.promote_types(gradient.dtype, torch.float32)  # pinv needs float32

@@ -124,8 +124,11 @@ def test_a_parametrized_weight_is_refused_before_any_weight_is_set():
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
-def test_a_linear_that_is_used_twice_is_refused():
-    shared = nn.Linear(7, 7)
-    model = dfa_from_bp(nn.Sequential(nn.Linear(7, 7), shared, nn.Tanh(), shared, nn.Linear(7, 4)))
+def test_a_linear_that_is_used_twice_is_refused_before_any_weight_is_set():
+    (x, y), shared = batch(), nn.Linear(7, 7)
+    bp = nn.Sequential(nn.Linear(7, 7), shared, nn.Tanh(), shared, nn.Linear(7, 4)).double()
+    model = dfa_from_bp(bp, example=x)
+    before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match="one call of 1 in a pass, not 2"):
-        prealign(model.double(), *batch(), F.cross_entropy)
+        prealign(model, x, y, F.cross_entropy)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
