@@ -270,15 +270,20 @@ def train_run(
 ) -> None:
     """Trains a run to its end, from the checkpoint in its folder if there is one.
 
+    A finished run is left as it is.
+
     Args:
-        folder: the run's folder, locked by the caller; a finished run would lose its results.
+        folder: the run's folder, locked by the caller.
         report: called with each log line about the whole run, except its settings.
         epoch_ended: called with the metrics of each epoch, after they are saved.
         stopped: called before each step; True ends the training, with a checkpoint.
 
-    Raises UserError if the checkpoint cannot be read, or was saved by another run or device type.
+    Raises UserError if the checkpoint cannot be read, was saved by another run or device type, or
+    is lost.
     """
     run, batches, device = trainer.run, trainer.batches, trainer.device
+    if folder.check(run.settings).finished:
+        return
 
     def log(line: str) -> None:
         folder.log(line)

@@ -277,6 +277,13 @@ def test_a_run_interrupted_between_two_files_gives_the_same_results(
     assert outcome(tmp_path) == whole
 
 
+def test_a_finished_run_is_not_trained_again(tmp_path):
+    tiny.train(tmp_path, DFA_RUN)
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    assert tiny.train(tmp_path, DFA_RUN) == []
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
 @pytest.mark.parametrize("name", ["metrics.jsonl", "angles.npz", "config.json", "log.txt"])
 def test_a_lost_file_is_restored_from_the_checkpoint(tmp_path, whole, name):
     (interrupted(tmp_path) / name).unlink()
