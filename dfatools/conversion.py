@@ -185,6 +185,6 @@ def _is_plain(module: nn.Module | None) -> TypeGuard[nn.Sequential]:
 
 
 def has_weights(module: nn.Module) -> bool:
-    """Returns whether a module has parameters other than those of normalisation and PReLU."""
+    """Returns whether a module has parameters outside of normalisation layers and PReLU."""
     own = (part for part in module.modules() if not isinstance(part, NORMS))
     return any(True for part in own for _ in part.parameters(recurse=False))

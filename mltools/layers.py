@@ -42,7 +42,7 @@ class _LinearStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input: Tensor, weight: Tensor, bias: Tensor | None, lr: float):
         ctx.save_for_backward(input)
-        # Not by save_for_backward: autograd refuses saved tensors that were changed in place.
+        # Not by save_for_backward: autograd refuses saved tensors after a change in place.
         ctx.weight, ctx.bias, ctx.lr = weight, bias, lr
         return _linear(input, weight, bias)
 

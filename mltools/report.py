@@ -76,7 +76,7 @@ def _settings_tables(experiments: Mapping[str, Sequence[RunResult]]) -> dict[str
 def _versions_table(experiments: Mapping[str, Sequence[RunResult]]) -> dict[str, list]:
     """Returns a table of the environments, with the number of runs for values that differ."""
     environments = [run.environment for runs in experiments.values() for run in runs]
-    lines, total = [["of the runs", "value"]], len(environments)
+    lines, total = [["environment", "value"]], len(environments)
     for key, counts in _values(environments).items():
         texts = [x if n == total else f"{x} ({n} of {total} runs)" for x, n in counts.items()]
         lines.append([key, ", ".join(texts)])

@@ -1,4 +1,4 @@
-"""A run that is killed at any instant and resumed gives the results of an uninterrupted run.
+"""A run killed at any instant and resumed gives the results of an uninterrupted run.
 
 Real training processes are killed in the middle of their writes and at random times.
 """

@@ -54,7 +54,7 @@ def script(tmp_path):
 
 @pytest.fixture
 def two_cores():
-    """Restricts this process, and the copies that it starts, to two cores."""
+    """Restricts this process, and the copies it starts, to two cores."""
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, sorted(cores)[:2])
     yield
