@@ -23,6 +23,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dfatools import dfa_from_bp, measure_alignment
 from mltools.data import Loader, load_dataset
+from mltools.errors import UserError
 
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -34,7 +35,10 @@ options = parser.parse_args()
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 torch.manual_seed(0)
-data = load_dataset(options.dataset, options.data_dir)
+try:
+    data = load_dataset(options.dataset, options.data_dir)
+except UserError as error:
+    parser.error(str(error))
 # All images on the device, normalised: float32 (N, C, H, W), and their labels, int64 (N,).
 x_train, y_train = next(iter(Loader(data.train, len(data.train), device)))
 x_test, y_test = next(iter(Loader(data.test, len(data.test), device)))

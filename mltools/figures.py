@@ -73,7 +73,7 @@ def epochs_figure(
     stem: Path,
     order: str = "",
 ) -> Figure | None:
-    """Draws curves against epochs, each with a band of one standard deviation.
+    """Draws curves against epochs, each with a band of one standard deviation; None without any.
 
     Args:
         groups: maps the title of each row of panels, or "", to its experiments: label to curves.

@@ -73,8 +73,8 @@ def capture(
 ) -> Callable[[], None]:
     """Records `steps` as a CUDA graph, and returns a function that launches the graph.
 
-    `state` and `generator` keep their values. An earlier graph of the stream is freed. Call it in
-    an `own_stream` block, in a thread that holds `process_state` alone.
+    `state` and `generator` keep their values. An earlier graph of the stream is freed, and must not
+    be launched again. Call it in an `own_stream` block, holding `process_state` alone.
 
     Args:
         steps: works on the current stream, on tensors with fixed addresses.

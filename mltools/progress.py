@@ -69,7 +69,7 @@ class Progress:
             self._next_update = end + max(SECONDS_BETWEEN_UPDATES, 20 * (end - start))
 
     def update_run(self, run: Run) -> None:
-        """Shows the new epochs of one run, after it ended or its folder was renamed."""
+        """Shows the new epochs of one run; counts from epoch 1 again after a rename."""
         with self._lock:
             if run in self._left:
                 self._show(run)

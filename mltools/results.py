@@ -239,7 +239,7 @@ def flattened(nested: dict, prefix: str = "") -> dict:
 
 
 def check_settings(settings: dict) -> None:
-    """Checks the settings of a `config.json`. Raises ValueError for a missing or wrong value."""
+    """Checks the six settings that tables and logs need. Raises ValueError for a wrong one."""
     whole = _number(1, float("inf"), int)
     _check(
         settings,

@@ -197,7 +197,7 @@ def write_tables(folder: Path, tables: Sequence[Table]) -> str:
     """Writes `table.md`, `table.tex` and `table.csv`, and returns the Markdown.
 
     The CSV has the rows of all tables, unrounded, with all measured layers. Each row is followed by
-    a row for each of its runs that count.
+    a row for each of its finished runs that did not diverge.
     """
     folder.mkdir(parents=True, exist_ok=True)
     markdown = "\n".join(table.markdown() for table in tables)

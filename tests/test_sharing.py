@@ -87,9 +87,9 @@ def test_a_sweep_with_a_repeatedly_killed_copy_gives_the_same_results(script, tm
             assert all(path.stat().st_mtime_ns == states[path] for path in finished)
         for process in copies:
             assert process.wait() == 0, process.output.read_text()
-            assert process.output.read_text().endswith(
-                (results / "best_practices" / "table.md").read_text() + "\n"
-            )
+            folder = results / "best_practices"
+            shown = f"{(folder / 'table.md').read_text()}\nreport: {folder / 'report.html'}\n"
+            assert process.output.read_text().endswith(shown)
         assert sweep_outcome(results) == expected
         sweeps += 1
     print(f"{kills} kills in {sweeps} sweeps")
