@@ -75,6 +75,13 @@ def test_fc_tanh_learns_and_aligns(one_thread, monkeypatch, capsys):
     assert cosines[0] > cosines[1] > cosines[2] > 0.05
 
 
+def test_fc_tanh_reports_an_unknown_data_set_in_one_line(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run_example(monkeypatch, capsys, "fc_tanh.py --dataset Nope")
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("fc_tanh.py: error: unknown data set 'Nope'; choose one of Digits")
+
+
 def test_own_network_draws_its_figure(one_thread, monkeypatch, capsys, tmp_path):
     figure = tmp_path / "figure.png"
     monkeypatch.setattr(sys, "argv", ["own_network.py", "--epochs", "2", "--output", str(figure)])
