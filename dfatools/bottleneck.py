@@ -69,7 +69,7 @@ class BottleneckLinear(nn.Linear):
 
 @contextmanager
 def unmasked(model: nn.Module) -> Iterator[None]:
-    """Switches off the bottlenecks of a model in the block, for true BP gradients."""
+    """Context manager that switches off the masks of a model, for true BP gradients."""
     layers = [m for m in model.modules() if isinstance(m, BottleneckLinear) and m.masking]
     try:
         for layer in layers:

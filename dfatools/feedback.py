@@ -276,7 +276,7 @@ class DFA(nn.Module):
 
     @contextmanager
     def one_pass(self) -> Iterator[None]:
-        """Makes all calls in the block one pass, for example the calls of an encoder and its head.
+        """Context manager: all calls in it form one pass, for example of an encoder and its head.
 
             with model.dfa.one_pass():
                 output = model.dfa(model.head(model.encode(x)))
@@ -613,7 +613,7 @@ class DFA(nn.Module):
 
 @contextmanager
 def evaluation(model: nn.Module, dfa: DFA, method: str) -> Iterator[None]:
-    """Sets eval mode and a training method in the block; restores the modes by `train(mode)`."""
+    """Context manager: eval mode and a training method; restores modes by `train(mode)`."""
     before, modes = dfa.training_method, [(m, m.training) for m in model.modules()]
     try:
         dfa.training_method = method

@@ -19,7 +19,7 @@ def one_line(error: Exception) -> str:
 
 @contextmanager
 def user_errors(source: object, remedy: str, verb: str = "read") -> Iterator[None]:
-    """Converts any error in a block to UserError("<source> cannot be <verb> (...): <remedy>").
+    """Context manager: errors become UserError("<source> cannot be <verb> (...): <remedy>").
 
     Args:
         source: the file, or the place in a file.

@@ -26,14 +26,14 @@ class SharedLock:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Holds the lock in a block, once no other thread holds it."""
+        """Context manager: waits until no other thread holds the lock, then holds it alone."""
         with self._changed:
             self._changed.wait_for(lambda: self._together == 0)
             yield
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Holds the lock in a block, once no other thread holds it alone."""
+        """Context manager: waits until no thread holds the lock alone, then shares it."""
         with self._changed:
             self._together += 1
         try:

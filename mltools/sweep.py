@@ -296,7 +296,7 @@ def _tensorboard(folder: RunFolder, options: Options) -> AbstractContextManager:
 
 @contextmanager
 def _threads_shared(options: Options) -> Iterator[None]:
-    """Divides the threads of a CPU among the parallel runs, within a block."""
+    """Context manager that divides the threads of a CPU among the parallel runs."""
     threads = torch.get_num_threads()
     if options.device == "cpu":
         torch.set_num_threads(max(1, threads // options.at_once()))
@@ -308,7 +308,7 @@ def _threads_shared(options: Options) -> Iterator[None]:
 
 @contextmanager
 def _stopped_by_signals(stop: threading.Event) -> Iterator[None]:
-    """Sets `stop` on Ctrl-C or SIGTERM within a block; the same signal again ends the process."""
+    """Context manager: Ctrl-C or SIGTERM sets `stop`; the same signal again ends the process."""
 
     def handle(number: int, frame: object) -> None:
         stop.set()
