@@ -203,7 +203,7 @@ def _is_leaf(name: str, module: nn.Module) -> bool:
 
 @contextmanager
 def _forked_random_state(model: nn.Module) -> Iterator[None]:
-    """Context manager that restores the default generators and those of the modules."""
+    """Context manager that restores the default generators and the generators of modules."""
     tensors = chain(model.parameters(), model.buffers())
     devices = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
     held = chain.from_iterable(vars(module).values() for module in model.modules())
