@@ -80,7 +80,7 @@ class DFALayer(nn.Module):
     Shapes: any `(*batch, *features)`, unchanged; `DFA(batch_dims=...)` is the length of `batch`.
 
     Raises ValueError if `shared_dims` is no sequence of different positive integers. A call raises
-    TypeError for an input that is no tensor, RuntimeError if the point belongs to no `DFA`.
+    TypeError for an input other than a tensor, RuntimeError if the point belongs to no `DFA`.
     """
 
     _dfa: "DFA | None"

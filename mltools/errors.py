@@ -72,6 +72,6 @@ def exit_code(main: Callable[[], None]) -> int:
     except OSError as error:
         path = error.filename2 or error.filename
         reason = f"{path}: {one_line(error)}" if path else one_line(error)
-        code, message = 1, f"error: {reason}; once that is fixed, the same command resumes"
+        code, message = 1, f"error: {reason}; once the cause is fixed, the same command resumes"
     show(message, error=True)
     return code
