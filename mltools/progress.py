@@ -38,7 +38,8 @@ class Progress:
         terminal = sys.stderr is not None and sys.stderr.isatty()
         self._bar = tqdm(
             total=epochs,
-            bar_format=BAR if terminal else BAR.replace("{bar:10}", "{bar}"),  # else two bars
+            # A notebook's widget draws {bar} itself, but prints {bar:10} as text.
+            bar_format=BAR if terminal else BAR.replace("{bar:10}", "{bar}"),
             disable=quiet or not (terminal or "ipykernel" in sys.modules),
             dynamic_ncols=True,
             leave=False,
