@@ -105,6 +105,12 @@ def capture(
             steps()
         finally:
             graph.capture_end()
+    except BaseException:
+        # PyTorch 2.11 draws no more from the generators of a graph whose recording failed.
+        default = torch.cuda.default_generators[torch.cuda.current_device()]
+        for each in (generator, default):
+            each.graphsafe_set_state(each.clone_state())
+        raise
     finally:
         restore()
     _graphs[stream] = graph

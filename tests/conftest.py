@@ -34,6 +34,15 @@ def one_thread():
 
 
 @pytest.fixture
+def deterministic(monkeypatch):
+    """Sets PyTorch as --deterministic does, since some of cuDNN's sums differ between calls."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(torch.cuda.is_available())
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
 def quick_figures(monkeypatch):
     """Saves a placeholder for each figure, since drawing one takes half a second."""
     monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: file.write(b"drawn"))

@@ -20,6 +20,7 @@ from formulas import (
     mean_loss,
     with_dfa,
 )
+from tiny import needs_cuda
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
@@ -284,7 +285,7 @@ def test_mixed_precision():
         assert (parameter.grad - gradient).norm() < 0.03 * gradient.norm()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_cuda
 @pytest.mark.parametrize("network", [fc, cnn])
 @pytest.mark.parametrize("feedback_device", [None, "cpu"])
 def test_cuda(network, feedback_device):

@@ -11,7 +11,16 @@ from unittest.mock import MagicMock, Mock, call
 import pytest
 import torch
 from made import made_run, save_run
-from tiny import SIX_RUNS, SMALL, checkpoint_of, metrics_of, outcome, sweep_outcome, tiny
+from tiny import (
+    SIX_RUNS,
+    SMALL,
+    checkpoint_of,
+    metrics_of,
+    needs_cuda,
+    outcome,
+    sweep_outcome,
+    tiny,
+)
 
 import best_practices
 from mltools import sweep
@@ -34,6 +43,21 @@ def test_parallel_runs_give_the_results_of_serial_runs(start, tmp_path, six_runs
     code, _, err = start(best_practices.main, *SIX_RUNS, *options)
     assert (code, err) == (0, "")
     assert sweep_outcome(tmp_path) == six_runs[0]
+
+
+@needs_cuda
+def test_on_a_gpu_parallel_runs_give_the_results_of_serial_runs(start, tmp_path, deterministic):
+    """Each thread trains several short runs, and may end while another thread records a graph."""
+    experiments = ("fc-tanh", "fc-batchnorm", NAME, "cnn-tanh", "cnn-dropout-0.1-0.1")
+    command = [*TWO_EPOCHS, "--device", "cuda", "--deterministic", "--seeds", *range(5)]
+    for at_once in (1, 8):
+        options = ("--parallel-runs", at_once, "--results-dir", tmp_path / str(at_once))
+        code, _, err = start(best_practices.main, *command, "--experiments", *experiments, *options)
+        assert (code, err) == (0, "")
+    serial, parallel = (sweep_outcome(tmp_path / at_once) for at_once in ("1", "8"))
+    assert parallel == serial
+    logs = [path.read_text() for path in tmp_path.rglob("log.txt")]
+    assert len(logs) == 50 and not any("without a CUDA graph" in log for log in logs)
 
 
 def test_the_longest_runs_start_first(start, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from unittest.mock import Mock, call
 import pytest
 import tiny
 import torch
+from tiny import needs_cuda
 
 from mltools.data import Split
 from mltools.gpu import SharedLock, capture, own_stream
@@ -17,7 +18,6 @@ from mltools.training import Experiment, Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
 FC = Network(hidden=(8, 7, 6), batchnorm=True, dropout_input=0.1, dropout_fc=0.3)
 CNN = Network("cnn", batchnorm=True, dropout_input=0.2)
@@ -27,15 +27,6 @@ NETWORKS = pytest.mark.parametrize(
     "network", [FC, CNN, POOLED, BOTTLENECK], ids=["fc", "cnn", "pooled", "bottleneck"]
 )
 DATA = tiny.tiny((1, 15, 15), train=85)  # ten batches
-
-
-@pytest.fixture
-def deterministic(monkeypatch):
-    """Sets PyTorch as --deterministic does, since some of cuDNN's sums differ between calls."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(torch.cuda.is_available())
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def trainer(network, device="cpu", method="dfa", lr=0.02, **changes):
@@ -201,15 +192,26 @@ def test_a_launch_of_several_steps_gives_the_bits_of_single_steps(
         assert_same_training(captured, plain)
 
 
+class GraphSafeGenerator(torch.Generator):
+    """A CPU generator with `graphsafe_set_state`, which only CUDA generators have."""
+
+    renewed = False
+
+    def graphsafe_set_state(self, other):
+        self.renewed = other is not self and torch.equal(other.get_state(), self.get_state())
+
+
 @pytest.mark.parametrize("fail", [False, True])
 def test_recording_a_graph_leaves_the_state_unchanged(monkeypatch, fail):
     """A mock replaces CUDA graphs, and records the order of its own calls and of the steps."""
-    graph = Mock()
+    graph, weight = Mock(), torch.ones(3)
+    generator, default, other = (GraphSafeGenerator().manual_seed(seed) for seed in (1, 2, 3))
     for name in ("CUDAGraph", "Event", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, Mock(return_value=graph))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "default_generators", (other, default))
     if fail:
         graph.capture_end.side_effect = RuntimeError("not permitted when stream is capturing")
-    weight, generator = torch.ones(3), torch.Generator().manual_seed(1)
     before = generator.get_state()
 
     def steps():
@@ -228,12 +230,33 @@ def test_recording_a_graph_leaves_the_state_unchanged(monkeypatch, fail):
     launch = record()
     assert graph.mock_calls == recording
     assert weight.tolist() == [1, 1, 1] and torch.equal(generator.get_state(), before)
+    assert generator.renewed == default.renewed == fail and not other.renewed
     if not fail:
         launch(), launch()
         assert graph.replay.call_count == 2
     graph.reset_mock()
     record()  # again, on the same stream
     assert graph.mock_calls == [call.reset()] * (not fail) + recording
+
+
+@needs_cuda
+def test_after_a_failed_recording_the_generators_draw_and_record():
+    """The steps wait for the device, which is allowed in the warm-up only."""
+    with own_stream(torch.device("cuda")):
+        generator = torch.Generator("cuda").manual_seed(1)
+        first, second = (torch.rand(3, device="cuda", generator=generator) for _ in range(2))
+        total = torch.zeros(3, device="cuda")
+
+        def step():
+            total.add_(torch.rand(3, device="cuda", generator=generator))
+
+        generator.manual_seed(1)
+        with pytest.raises(RuntimeError):
+            capture(lambda: (step(), total.tolist()), [total], generator)
+        step()
+        torch.rand(3, device="cuda")
+        capture(step, [total], generator)()
+        assert torch.equal(total, first + second)
 
 
 def test_streamed_data_is_not_captured(monkeypatch):

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 import torch
 from torch.utils.data import TensorDataset
 
@@ -12,6 +13,7 @@ from mltools.results import RunFolder
 from mltools.training import Run, Trainer, train_run
 
 CPU = torch.device("cpu")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 EPOCHS, BATCH, SEED = 3, 8, 4
 
 
