@@ -181,7 +181,7 @@ class Dropout(nn.Dropout):
             return input
         keep = 1 - self.p
         mask = self._mask(input).bernoulli_(keep, generator=self.generator)
-        return input * mask.div_(keep)
+        return input * mask.div_(keep or 1)  # else p = 1 would give 0 / 0
 
     def _mask(self, input: Tensor) -> Tensor:
         return torch.empty_like(input)

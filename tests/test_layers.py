@@ -107,3 +107,9 @@ def test_dropout_draws_the_masks_of_torch(kind, torch_kind, shape, own):
     assert all(torch.equal(layer(x), values) for values in expected)
     assert torch.equal(torch.get_rng_state(), before) == own
     assert layer.eval()(x) is x
+
+
+@pytest.mark.parametrize("kind, torch_kind, shape", DROPOUTS)
+@pytest.mark.parametrize("p, kept", [(0, 1), (1, 0)])
+def test_dropout_of_nothing_or_everything(kind, torch_kind, shape, p, kept):
+    assert (kind(p)(torch.ones(shape)) == kept).all()
