@@ -429,12 +429,15 @@ class DFA(nn.Module):
         """Returns B_i, (output size, d_i), normalised if `normalization` is set.
 
         With `shared_dims`, each of R positions gets e B_i / sqrt(R). Raises RuntimeError before the
-        point's first pass under `training_method="dfa"`, IndexError for a wrong i.
+        point's first pass under `training_method="dfa"`, after a move to the meta device, and if
+        the rule uses no shared matrix; IndexError for a wrong i.
         """
         i = range(len(self.layers))[i]
-        if i not in self._sizes:
+        if not self.needs_matrix:
+            raise RuntimeError(f"{type(self).__name__} does not use the shared feedback matrix")
+        if i not in self._sizes or not self.feedback_matrix.numel():
             raise RuntimeError(
-                f"the size of feedback point {i} is unknown before its first pass: call the "
+                f"the matrix of feedback point {i} is not drawn, or its size unknown: call the "
                 "network once, as in training by DFA"
             )
         size = self._sizes[i]

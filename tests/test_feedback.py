@@ -50,8 +50,26 @@ def test_the_feedback_is_unknown_before_the_first_pass():
     model, used = fc(), fc()
     used(batch()[0])
     model.load_state_dict(used.state_dict())  # loads the matrix, but not the sizes of the points
-    with pytest.raises(RuntimeError, match="size of feedback point 1 is unknown"):
+    with pytest.raises(RuntimeError, match="matrix of feedback point 1 is not drawn"):
         model.dfa.feedback(1)
+
+
+def test_the_feedback_is_unknown_after_the_matrix_is_lost():
+    model = fc()
+    model(batch()[0])
+    model.to("meta")  # tensors without values
+    with pytest.raises(RuntimeError, match="matrix of feedback point 0 is not drawn"):
+        model.dfa.feedback(0)
+
+
+def test_a_rule_without_the_matrix_has_no_feedback():
+    class OwnMatrices(DFA):
+        needs_matrix = False
+
+    model = dfa_from_bp(nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 4)), rule=OwnMatrices)
+    model(torch.randn(8, 7))
+    with pytest.raises(RuntimeError, match="OwnMatrices does not use the shared feedback matrix"):
+        model.dfa.feedback(0)
 
 
 @pytest.mark.parametrize("shape, memory_format", [
