@@ -47,8 +47,8 @@ def measure_alignment(
 
     Raises:
         ValueError: the model has no `DFA` or several, or does not call it exactly once.
-        RuntimeError: the loss is no scalar, or does not depend on the output; no parameter requires
-            a gradient; or the model is compiled.
+        RuntimeError: the loss is no scalar, or does not depend on the output; no parameter of a
+            submodule requires a gradient; or the model is compiled.
     """
     result = {}
     samples, modules = probe(model, x, y, loss)
@@ -117,9 +117,9 @@ def probe(model: nn.Module, x: Any, y: Any, loss: Callable) -> tuple[int, dict[s
             matrix = dfa._matrix_for(output, [activation.size for activation in activations])
             signals = dfa._shaped_signals(dfa._rows(error), activations, matrix)
             signals = [signal.to(hidden.device) for signal, hidden in zip(signals, points)]
-            grads = torch.autograd.grad(
+            _, *grads = torch.autograd.grad(
                 [output, *points],
-                [*ends, *sources],
+                [output, *ends, *sources],
                 [error, *signals],
                 allow_unused=True,
             )
@@ -131,7 +131,8 @@ def probe(model: nn.Module, x: Any, y: Any, loss: Callable) -> tuple[int, dict[s
             calls.setdefault(name, []).append(call)
     if not calls:
         raise RuntimeError(
-            "no gradient reaches the output of any module: give the model before torch.compile"
+            "no gradient reaches the output of any submodule: give the model before "
+            "torch.compile, with its parameters in submodules"
         )
     return len(output), calls
 

@@ -41,7 +41,7 @@ def prealign(model: nn.Module, x: Any, y: Any, loss: Callable[[Any, Any], Tensor
     """
     _, probes = probe(model, x, y, loss)
     layers = [(name, model.get_submodule(name)) for name in probes]
-    _, *behind = [(name, layer) for name, layer in layers if has_weights(layer)]
+    behind = [(name, layer) for name, layer in layers if has_weights(layer)][1:]
     linears = [(name, layer) for name, layer in behind if isinstance(layer, nn.Linear)]
     for name, layer in linears:
         if parametrize.is_parametrized(layer, "weight"):

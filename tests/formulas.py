@@ -70,6 +70,19 @@ class Recurrent(nn.Module):
         return self.dfa(self.head(h))
 
 
+class OwnWeight(nn.Module):
+    """A network whose weight belongs to no layer."""
+
+    def __init__(self, act=torch.tanh):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(7, 4, dtype=torch.float64))
+        self.act, self.point = act, DFALayer()
+        self.dfa = DFA(self)
+
+    def forward(self, x):
+        return self.dfa(self.point(self.act(x @ self.weight)) @ self.weight[:4])
+
+
 # Gradients as DFA computes them
 
 

@@ -7,7 +7,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from formulas import Recurrent, Residual, ResidualInPlace, batch, expected_signals, fc, with_dfa
+from formulas import (
+    OwnWeight,
+    Recurrent,
+    Residual,
+    ResidualInPlace,
+    batch,
+    expected_signals,
+    fc,
+    with_dfa,
+)
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
@@ -212,6 +221,7 @@ def compiled():
     (called_twice, F.cross_entropy, ValueError, "must call its DFA once, not 2 times"),
     (fc, constant, RuntimeError, "the loss does not depend on the output of the DFA"),
     (compiled, F.cross_entropy, RuntimeError, "give the model before torch.compile"),
+    (OwnWeight, F.cross_entropy, RuntimeError, "with its parameters in submodules"),
 ])  # fmt: skip
 def test_refusals(build, loss, error, message):
     with pytest.raises(error, match=message):

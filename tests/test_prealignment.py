@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from formulas import batch, expected_signals, fc, with_dfa
+from formulas import OwnWeight, batch, expected_signals, fc, with_dfa
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
@@ -92,6 +92,10 @@ def test_layers_without_a_gradient_keep_their_weights():
     model = fc()
     nn.init.constant_(model.get_submodule("2").bias, 1e3)  # saturates the Tanh behind it
     assert_prealigned(model, ["4"], *batch())
+
+
+def test_weights_outside_of_layers_stay_as_they_are():
+    assert_prealigned(OwnWeight(nn.Tanh()), [], *batch())
 
 
 def test_all_tokens_count_as_samples():
