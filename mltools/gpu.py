@@ -55,16 +55,18 @@ def own_stream(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    if not hasattr(_thread, "stream"):  # per thread, not per run: a device has few queues
-        if device.index is not None:
-            torch.cuda.set_device(device)  # else PyTorch would also use memory of cuda:0
-        _thread.stream = torch.cuda.Stream(device)
+    if device.index is not None:
+        torch.cuda.set_device(device)  # else PyTorch would also use memory of cuda:0
+    index = torch.cuda.current_device()
+    streams = vars(_thread).setdefault("streams", {})
+    if index not in streams:  # a stream per run would be too many: a device has few queues
+        streams[index] = torch.cuda.Stream(index)
     with process_state.alone():
         free, total = torch.cuda.mem_get_info(device)
         if free < total / 2:  # PyTorch keeps the memory of freed graphs, but never reuses it
             torch.cuda.empty_cache()
     # PyTorch has one thread per device for backward passes: all runs would queue for it.
-    with torch.cuda.stream(_thread.stream), torch.autograd.set_multithreading_enabled(False):
+    with torch.cuda.stream(streams[index]), torch.autograd.set_multithreading_enabled(False):
         yield
 
 

@@ -10,6 +10,7 @@ import tiny
 import torch
 from tiny import needs_cuda
 
+from mltools import gpu
 from mltools.data import Split
 from mltools.gpu import SharedLock, capture, own_stream
 from mltools.layers import Conv2d, Linear, MaxPool2d, Tanh
@@ -143,6 +144,21 @@ def test_parallel_runs_give_the_bits_of_serial_runs(device, deterministic):
         together = list(pool.map(work, runs))
     assert together == alone
     assert all(a[0] != b[0] for a, b in zip(alone[::2], alone[1::2]))
+
+
+def test_a_thread_has_one_stream_per_device(monkeypatch):
+    """Mocks replace the calls of torch.cuda, so no GPU is needed."""
+    entered, devices, made = [], [0], []
+    monkeypatch.setattr(gpu, "_thread", threading.local())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: devices[-1])
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: devices.append(device.index))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda index: made.append(index) or Mock(index=index))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1, 1))
+    monkeypatch.setattr(torch.cuda, "stream", lambda each: entered.append(each) or nullcontext())
+    for device in ("cuda", "cuda:1", "cuda", "cuda:0", "cuda:1"):
+        with own_stream(torch.device(device)):
+            pass
+    assert [stream.index for stream in entered] == [0, 1, 1, 0, 1] and made == [0, 1]
 
 
 def test_an_exclusive_lock_waits_for_a_shared_lock():
