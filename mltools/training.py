@@ -2,10 +2,9 @@
 
     experiment = Experiment("fc-tanh", Network("fc"), reduction="sum", learning_rate=5e-4)
     run = Run(experiment=experiment, seed=0, dataset="CIFAR-10", epochs=50, batch_size=128)
-    trainer = Trainer(run, load_dataset(run.dataset, "data"), torch.device("cuda"))
-    folder = RunFolder("results/fc-tanh/seed-0")
-    with folder.lock():
-        train_run(trainer, folder)
+    folder, device = RunFolder("results/fc-tanh/seed-0"), torch.device("cuda")
+    with own_stream(device), folder.lock():
+        train_run(Trainer(run, load_dataset(run.dataset, "data"), device), folder)
 
 The same lines resume an interrupted run.
 """
@@ -270,7 +269,8 @@ def train_run(
 ) -> None:
     """Trains a run to its end, from the checkpoint in its folder if there is one.
 
-    A finished run is left as it is.
+    A finished run is left as it is. On CUDA, make the trainer and call this function in the same
+    `gpu.own_stream` block, so that the steps can be recorded as a CUDA graph.
 
     Args:
         folder: the run's folder, locked by the caller.
