@@ -112,7 +112,7 @@ def graphs_in_turns(
 ) -> tuple[list[float], list[float]]:
     """Times CUDA graphs of a step and of its bare products; returns the seconds in each epoch."""
     replay = launched(bare, device)
-    with torch.cuda.stream(torch.cuda.Stream(device)):
+    with own_stream(device):
         trainer = Trainer(run, data, device)
         trainer.capture()
         batches = len(trainer.batches)
@@ -167,12 +167,10 @@ def measure(name: str, data: DataSet, device: torch.device, epochs: int, workers
             shares.append(1 - timed.arithmetic / own)
             theirs.append(seconds(lambda: plain_epoch(plain, data, workers), device))
             plain.model.train()
-            if device.type == "cuda":
-                step, products_alone = graphs_in_turns(run, data, bare, device)
-            else:
+            if device.type == "cpu":
                 step, products_alone = in_turns([lambda: plain.learn(x, y), bare], STEPS, device)
-            steps.extend(step)
-            bares.extend(products_alone)
+                steps.extend(step)
+                bares.extend(products_alone)
         timed.arithmetic = 0.0
         since = time.perf_counter()
 
@@ -181,6 +179,8 @@ def measure(name: str, data: DataSet, device: torch.device, epochs: int, workers
             torch.cuda.reset_peak_memory_stats(device)
         timed = TimedTrainer(run, data, device)
         train_run(timed, RunFolder(Path(folder) / "run"), epoch_ended=epoch_ended)
+    if device.type == "cuda":
+        steps, bares = graphs_in_turns(run, data, bare, device)
     epoch, step = statistics.median(ours), statistics.median(steps)
     batches = len(data.train) // BATCH
     outside = statistics.median(shares)
