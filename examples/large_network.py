@@ -180,6 +180,12 @@ def main() -> None:
     device = torch.device("cpu")
     torch.set_num_threads(1)  # as under torchrun; in a small network, more threads mostly wait
     if torch.cuda.is_available():
+        gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if gpus < processes:
+            parser.error(
+                f"{processes} processes cannot share {gpus} GPUs: start fewer, or hide the GPUs "
+                "with CUDA_VISIBLE_DEVICES="
+            )
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if "RANK" in os.environ:  # started by torchrun

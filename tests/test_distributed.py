@@ -258,7 +258,9 @@ def work(rank, folder):
 def found(tmp_path_factory):
     """Runs `work` in two processes, and loads the results of each."""
     folder = tmp_path_factory.mktemp("two")
-    torch.multiprocessing.spawn(work, (folder,), nprocs=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # else FSDP2 would move the models to a GPU
+        torch.multiprocessing.spawn(work, (folder,), nprocs=2)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -42,7 +42,7 @@ def test_the_code_of_a_page_runs_as_written(page, tmp_path):
         cwd=tmp_path,
         # With the variables that torchrun sets for a single process.
         env=os.environ
-        | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         | {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"},
         capture_output=True,
         text=True,
@@ -141,7 +141,7 @@ def losses_of_large_network(*command):
     small = "--width 32 --depth 2 --batch-size 500 --epochs 3 --learning-rate 0.01 --bf16"
     run = subprocess.run(
         [sys.executable, *command, *small.split()],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
     )
@@ -166,3 +166,11 @@ def test_a_batch_not_divisible_by_the_processes_is_refused(start):
     main = runpy.run_path(str(LARGE))["main"]
     code, _, err = start(main, "--batch-size", 5)
     assert code == 2 and "--batch-size must be a multiple of --accumulation times" in err
+
+
+def test_more_processes_than_gpus_are_refused(start, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    code, _, err = start(runpy.run_path(str(LARGE))["main"])
+    assert code == 2 and "2 processes cannot share 1 GPUs" in err
