@@ -184,11 +184,11 @@ def protocols(rows: Iterable[Row]) -> str:
     """Returns the data set, epochs, batch size and protocol of the rows, as part of a title."""
     found = []
     for settings in (row.settings for row in rows if row.settings):
+        batch, protocol = (settings[name] or "unknown" for name in ("batch_size", "protocol"))
         precision = settings.get("precision", "float32")
         found.append(
-            f"{settings['dataset']}, {settings['epochs']} epochs, batch {settings['batch_size']}, "
-            f"protocol {settings['protocol']}"
-            + (f", {precision}" if precision != "float32" else "")
+            f"{settings['dataset']}, {settings['epochs']} epochs, batch {batch}, "
+            f"protocol {protocol}" + (f", {precision}" if precision != "float32" else "")
         )
     return "; ".join(dict.fromkeys(found)) or "no finished run"
 

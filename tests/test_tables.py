@@ -96,6 +96,11 @@ def test_a_title_has_each_protocol_once_and_the_precision_if_it_is_not_float32()
     ]
 
 
+def test_a_title_calls_settings_unknown_that_a_log_has_lost():
+    row = summarise("fc", [made_run(dataset="unknown", batch_size=None, protocol=None)])
+    assert protocols([row]) == "unknown, 2 epochs, batch unknown, protocol unknown"
+
+
 def test_all_formats_have_the_same_numbers(tmp_path):
     rows = [
         Row("a_b", (40.12345, 1.5), (50.0, None), {"act1": (0.25, 0.0625)}, "a_b/seed-0", 2),
