@@ -1,4 +1,4 @@
-"""Image classification data sets, normalised once and kept on the device.
+"""Image classification data sets, kept on the device and normalised batch by batch.
 
     data = load_dataset("CIFAR-10", "data")
     batches = TrainingLoader(data.train, 128, "cuda", seed=0)
@@ -22,7 +22,6 @@ permutation, stratified by class, splits the images into 1,500 for training and 
 """
 
 import os
-import re
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -97,7 +96,7 @@ class Split:
         return lambda x: x.to(device, non_blocking=True).float().div_(255).sub_(mean).div_(std)
 
     def resident(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
-        """Returns the normalised images, float32 [N, C, H, W], and labels, int64 [N], on `device`.
+        """Returns the images, uint8 [N, C, H, W], and labels, int64 [N], on `device`.
 
         All calls return the same tensors: do not write to them. Returns None if the images are read
         from files, or do not fit on the device.
@@ -105,8 +104,8 @@ class Split:
         device = torch.empty(0, device=device).device  # "cuda" gets its index: one key per device
         if device not in self._resident and isinstance(self.dataset, TensorDataset):
             x, y = self.dataset.tensors
-            if fits(4 * x.numel(), device):
-                self._resident[device] = self.normalizer(device)(x), y.to(device)
+            if fits(x.numel(), device):
+                self._resident[device] = x.to(device), y.to(device)
         return self._resident.get(device)
 
 
@@ -126,20 +125,22 @@ class DataSet:
 class Loader:
     """Batches of a split in its own order, on one device; the last batch may be smaller.
 
-    Iterating yields images, float32 [N, C, H, W], and labels, int64 [N]. If the split fits on the
-    device, batches are views of it: do not write to them. Otherwise worker processes stream them.
+    Iterating yields normalised images, float32 [N, C, H, W], and labels, int64 [N]. If the split
+    does not fit on the device, worker processes stream it. Do not write to the labels.
     """
 
     def __init__(self, split: Split, batch_size: int, device: torch.device | str) -> None:
         self.split = split
         self.batch_size = batch_size
         self.device = torch.device(device)
+        self._normalize = split.normalizer(self.device)
         self._samples = split.resident(self.device)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if self._samples is None:
             return _stream(self.split, self.batch_size, self.device)
-        return zip(*(tensor.split(self.batch_size) for tensor in self._samples))
+        x, y = (tensor.split(self.batch_size) for tensor in self._samples)
+        return zip(map(self._normalize, x), y)
 
 
 class TrainingLoader:
@@ -164,6 +165,7 @@ class TrainingLoader:
         self.device = torch.device(device)
         self.seed = seed
         self.position = len(self)
+        self._normalize = split.normalizer(self.device)
         self._samples = split.resident(self.device)
         self.resident = self._samples is not None
 
@@ -207,7 +209,7 @@ class TrainingLoader:
         """Returns the samples at `index`, int64 [N] on the device. Requires a resident split."""
         assert self._samples is not None
         x, y = self._samples
-        return x[index], y[index]
+        return self._normalize(x[index]), y[index]
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields all batches of an epoch (0 or more)."""
@@ -264,14 +266,8 @@ def cores() -> int:
 
 
 def fits(size: int, device: torch.device) -> bool:
-    """Returns whether `size` bytes are less than half of the free memory of `device`."""
-    meminfo = Path("/proc/meminfo")
-    free = 8 * 2**30  # assumed for a CPU without /proc/meminfo
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    elif meminfo.exists():
-        free = 1024 * int(re.findall(r"MemAvailable:\s*(\d+) kB", meminfo.read_text())[0])
-    return size < free / 2
+    """Returns whether `size` bytes take less than half of a GPU's free memory; True for a CPU."""
+    return device.type == "cpu" or size < torch.cuda.mem_get_info(device)[0] / 2
 
 
 def import_torchvision() -> ModuleType:

@@ -111,7 +111,7 @@ def test_digits_are_embedded_and_enlarged_bilinearly(tmp_path):
     assert (digits.classes, digits.input_shape) == (10, (1, 32, 32))
     assert (len(digits.train), len(digits.test)) == (1500, 297)
     assert digits.crc32 == "280cb963"  # recorded in earlier results
-    x, _ = digits.train.resident(torch.device("cpu"))
+    ((x, _),) = Loader(digits.train, 1500, "cpu")
     assert abs(x.mean()) < 1e-3 and abs(x.std() - 1) < 1e-3
     with np.load(Path(data.__file__).with_name("digits.npz")) as archive:
         small = archive["x_train"].astype(float)
@@ -357,11 +357,19 @@ def test_more_batches_than_are_left_are_refused(resident):
     assert loader.position == 3
 
 
-def test_all_loaders_of_a_split_share_its_tensors(device):
+def test_a_split_is_on_a_device_once(device):
     split = numbered()
     names = [device, device, torch.empty(0, device=device).device]  # "cuda", and "cuda:0"
-    pointers = {next(iter(Loader(split, 5, name)))[0].data_ptr() for name in names}
-    assert pointers == {split.resident(torch.device(device))[0].data_ptr()}
+    images = [split.resident(torch.device(name))[0] for name in names]
+    assert len({each.data_ptr() for each in images}) == 1
+    assert (images[0].device.type, images[0].dtype) == (device, torch.uint8)
+
+
+def test_an_image_needs_a_byte_for_each_number(monkeypatch):
+    sizes, split = [], numbered()
+    monkeypatch.setattr(data, "fits", lambda size, device: sizes.append(size))
+    split.resident(torch.device("cpu"))
+    assert sizes == [split.dataset.tensors[0].nbytes]
 
 
 @pytest.mark.parametrize("size", [0, 24])
@@ -370,6 +378,7 @@ def test_bad_batch_sizes_are_refused(size):
         TrainingLoader(numbered(), size, "cpu")
 
 
-def test_data_fits_if_it_needs_under_half_of_the_free_memory(device):
-    device = torch.empty(0, device=device).device
-    assert data.fits(2**20, device) and not data.fits(2**50, device)
+def test_data_fits_if_it_needs_under_half_of_the_free_memory(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (200, 1000))
+    assert data.fits(99, torch.device("cuda")) and not data.fits(100, torch.device("cuda"))
+    assert data.fits(2**50, torch.device("cpu"))  # loaded already

@@ -17,7 +17,7 @@ from torch import nn
 import mltools
 from dfatools import DFA, DFALayer, measure_alignment, prealign
 from mltools import training
-from mltools.data import Split, TrainingLoader
+from mltools.data import Loader, Split, TrainingLoader
 from mltools.errors import UserError
 from mltools.networks import Network
 from mltools.results import RunFolder
@@ -35,13 +35,12 @@ EXACT = 1e-12
 @pytest.fixture
 def float64(monkeypatch):
     """Makes runs compute in float64, where sums in another order differ by less than `EXACT`."""
-    resident = Split.resident
+    normalizer = Split.normalizer
 
     def exact(split, device):
-        x, y = resident(split, device)
-        return x.double(), y
+        return lambda x: normalizer(split, device)(x).double()
 
-    monkeypatch.setattr(Split, "resident", exact)
+    monkeypatch.setattr(Split, "normalizer", exact)
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -77,7 +76,7 @@ def test_a_bp_run_equals_a_plain_loop(tmp_path, monkeypatch, float64, network, s
 
     _, model = network_of(experiment, data)
     torch.manual_seed(SEED)  # the seed of the run's dropout
-    x_test, y_test = data.test.resident(CPU)
+    ((x_test, y_test),) = Loader(data.test, 150, CPU)
     written = metrics_of(tmp_path)
     assert [metrics["epoch"] for metrics in written] == [1, 2, 3]
     for metrics in written:
@@ -154,7 +153,7 @@ def test_alignment_is_measured_on_the_first_128_test_samples(tmp_path, float64):
 
     model, _ = network_of(experiment, data)
     model.load_state_dict(tiny.state_of(tmp_path))
-    x, y = (tensor[:128] for tensor in data.test.resident(CPU))
+    x, y = next(iter(Loader(data.test, 128, CPU)))
     expected = measure_alignment(model, x, y, F.cross_entropy)
     angles = angles_of(tmp_path)
     assert set(expected) == set(angles) > {"act1", "act2", "act3"}
