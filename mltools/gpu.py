@@ -108,7 +108,7 @@ def capture(
         finally:
             graph.capture_end()
     except BaseException:
-        # PyTorch 2.11 draws no more from the generators of a graph whose recording failed.
+        # PyTorch 2.11 refuses to draw from these generators after a failed recording.
         default = torch.cuda.default_generators[torch.cuda.current_device()]
         for each in (generator, default):
             each.graphsafe_set_state(each.clone_state())

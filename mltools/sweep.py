@@ -185,7 +185,7 @@ def _train(folders: Mapping[Run, RunFolder], options: Options, data: DataSet) ->
     """Trains the runs whose lock is free, until this and other copies have finished all runs."""
     device = torch.device(options.device)
     for split in (data.train, data.test):
-        split.resident(device)  # copied once, before several threads use it
+        split.resident(device)  # on the device before several threads use it
     left = dict(folders)
     stop = threading.Event()
     progress = Progress(folders, options.quiet or not is_first())
